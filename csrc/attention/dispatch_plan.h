@@ -1,0 +1,56 @@
+// What the planner hands to the Vulkan runtime: a bounded list of dispatches over one parameter
+// block and one scratch buffer. It knows no Vulkan type, so that planning is tested without a GPU.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attention/problem.h"
+
+namespace jax_aat {
+
+// The properties of a device that decide which kernels run and how they are specialised.
+struct DeviceTraits {
+  std::uint32_t subgroup_size = 8;      // of a pipeline that requires none
+  std::uint32_t min_subgroup_size = 8;  // range for a required size; equal: none can be required
+  std::uint32_t max_subgroup_size = 8;
+  std::uint32_t max_shared_memory = 16384;  // bytes a workgroup
+  std::uint32_t max_workgroup_invocations = 128;
+  std::uint32_t max_workgroup_count = 65535;  // along x and y
+  bool storage_16bit = false;
+  // 16x16x16 cooperative matrices at subgroup scope, float32 accumulation, on 32-lane subgroups.
+  bool coopmat_float16 = false;
+  bool coopmat_bfloat16 = false;
+  // The accumulator's element layout was probed and is the one the coopmat kernels assume.
+  bool coopmat_layout_known = false;
+};
+
+struct Dispatch {
+  std::string shader;                         // name of an embedded SPIR-V module
+  std::vector<std::uint32_t> specialization;  // value of constant_id i at index i
+  std::uint32_t required_subgroup_size = 0;   // 0: the device's own
+  std::array<std::uint32_t, 3> groups = {1, 1, 1};
+  bool barrier_before = false;  // reads what an earlier dispatch of the plan wrote
+  double flops = 0;             // counted by the matrix products of the full plan, for reports
+};
+
+struct DispatchPlan {
+  AttentionParams params;  // addresses of operands are filled in by the runtime
+  std::vector<Dispatch> dispatches;
+  // Scratch of the call: slot operand -> byte offset in one buffer of scratch_bytes.
+  struct Scratch {
+    std::uint32_t operand;
+    std::uint64_t offset;
+  };
+  std::vector<Scratch> scratch;
+  std::uint64_t scratch_bytes = 0;
+  const char* path = "portable";  // or "coopmat": the family of kernels chosen
+};
+
+// Throws std::invalid_argument, in words for the user, when no kernel can serve the problem on the
+// device.
+DispatchPlan PlanAttention(const AttentionProblem& problem, const DeviceTraits& traits);
+
+}  // namespace jax_aat

@@ -1,0 +1,26 @@
+// An attention call in the form that every Vulkan device understands: shapes, strides and options,
+// no buffers. Made by the FFI handlers, read by the planner.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace jax_aat {
+
+enum class Pass { kForward, kTangent, kBackward };
+
+struct AttentionProblem {
+  Pass pass = Pass::kForward;
+  std::uint32_t dtype = DTYPE_F32;       // of q, k, v, out and their tangents or gradients
+  std::uint32_t bias_dtype = DTYPE_F32;  // of bias and its tangent or gradient
+  std::uint32_t features = 0;            // FEATURE_* bits
+  // Shapes, strides and options; the addresses and list strides are still zero.
+  AttentionParams params = {};
+  // dbias: extents of the gradient of bias [batch axes, heads, queries, keys] where a size of 1 means
+  // that the backward pass sums over the axis.
+  std::array<std::uint32_t, MAX_BATCH_AXES + 3> dbias_extent = {};
+};
+
+}  // namespace jax_aat

@@ -1,0 +1,9 @@
+// Specialisation constants of the attention kernels; csrc/attention/planner.cc sets them by index.
+layout(local_size_x_id = 0) in;
+layout(constant_id = 1) const uint SUBGROUP_SIZE = 32;
+layout(constant_id = 2) const uint FEATURES = 0;      // FEATURE_* bits
+layout(constant_id = 3) const uint HEAD_DIM = 64;     // as stored
+layout(constant_id = 4) const uint TILE_ROWS = 64;    // rows of the tile that a workgroup owns
+layout(constant_id = 5) const uint TILE_HEADS = 1;    // query heads of one KV head in a query tile
+layout(constant_id = 6) const uint BLOCK_ROWS = 32;   // rows taken from the work list a step
+layout(constant_id = 7) const uint BIAS_DTYPE = 0;
