@@ -1,7 +1,7 @@
 """Compiles the GLSL shaders to SPIR-V and embeds them in a C++ source file.
 
-Compilers, in this order: a folder of precompiled modules (``--precompiled``), a ``glslc`` that knows
-cooperative matrices and bfloat16, the glslang library that the ``slangpy`` wheel carries.
+Compilers, in this order: a folder of precompiled modules (``--precompiled``), a ``glslc`` that
+knows cooperative matrices and bfloat16, the glslang library that the ``slangpy`` wheel carries.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def find_compiler() -> Compiler:
             for library in sorted(Path(folder).glob("*slang-glslang-*")):
                 return slang_compiler(library)
     sys.exit(
-        "No GLSL compiler that knows cooperative matrices and bfloat16 was found. Install the Python "
-        "package slangpy or a recent Vulkan SDK, or pass a folder of precompiled SPIR-V "
+        "No GLSL compiler that knows cooperative matrices and bfloat16 was found. Install the "
+        "Python package slangpy or a recent Vulkan SDK, or pass a folder of precompiled SPIR-V "
         "(-DJAX_AAT_SPIRV_DIR=FOLDER)."
     )
 
@@ -159,7 +159,8 @@ def embed(modules: list[Path], target: Path) -> None:
         lines += [",".join(words[i : i + 12]) + "," for i in range(0, len(words), 12)]
         lines.append("};")
         entries.append(f'    {{"{path.name.removesuffix(".spv")}", kModule{index}}},')
-    lines += ["", "constexpr ShaderModule kModules[] = {", *entries, "};", "", "}  // namespace", ""]
+    lines += ["", "constexpr ShaderModule kModules[] = {", *entries, "};", ""]
+    lines += ["}  // namespace", ""]
     lines += ["std::span<const ShaderModule> EmbeddedShaders() { return kModules; }", ""]
     lines.append("}  // namespace jax_aat")
     target.write_text("\n".join(lines) + "\n")

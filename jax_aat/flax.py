@@ -2,9 +2,9 @@
 
 Pass `linen_attention` as ``attention_fn`` of ``flax.linen.MultiHeadDotProductAttention`` and
 `nnx_attention` as that of ``flax.nnx.MultiHeadAttention``; bind more with `functools.partial`, for
-example ``partial(linen_attention, implementation='vulkan', is_causal=True)``. Both take the parameters
-of the functions they replace, by the same names and in the same order: linen passes only the
-keywords that it finds in the signature, nnx passes all of its own.
+example ``partial(linen_attention, implementation='vulkan', is_causal=True)``. Both take the
+parameters of the functions they replace, by the same names and in the same order: linen passes only
+the keywords that it finds in the signature, nnx passes all of its own.
 
 What differs from the functions of Flax:
 
@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-
 from jax_aat.attention import tiled_attention
 
 __all__ = ["linen_attention", "nnx_attention"]
@@ -77,14 +76,14 @@ def linen_attention(
       [*batch, T, N, H], of the dtype of the converted operands.
 
     Raises:
-      ValueError: for dropout of weights, sowing of weights, another einsum, or shapes that do not fit.
+      ValueError: for dropout or sowing of weights, another einsum, or shapes that do not fit.
     """
     del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
     if any((einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)):
         raise ValueError(
-            "linen_attention computes its products in one kernel and cannot use another einsum or "
-            "dot_general: leave qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls unset, "
-            "or keep flax.linen.dot_product_attention for this layer"
+            "linen_attention computes its products in one kernel and cannot use another einsum: "
+            "leave qk_attn_weights_einsum_cls and attn_weights_value_einsum_cls unset, or keep "
+            "flax.linen.dot_product_attention for this layer"
         )
     _refuse_weights(dropout_rate, deterministic, module)
     return _attend(query, key, value, bias, mask, dtype, is_causal, implementation)
@@ -146,14 +145,14 @@ def _refuse_weights(dropout_rate: float, deterministic: bool, module: Any) -> No
     """Raises where the matrix of attention weights would be needed."""
     if not deterministic and dropout_rate > 0.0:
         raise ValueError(
-            f"dropout_rate={dropout_rate} asks for dropout of the attention weights, which tiled attention "
-            "never forms: give the attention layer dropout_rate=0.0 and apply a Dropout layer to its "
-            "output, or pass deterministic=True to evaluate without dropout"
+            f"dropout_rate={dropout_rate} asks for dropout of the attention weights, which tiled "
+            "attention never forms: give the attention layer dropout_rate=0.0 and apply a Dropout "
+            "layer to its output, or pass deterministic=True to evaluate without dropout"
         )
     if module is not None:
         raise ValueError(
-            "sow_weights=True asks for the attention weights, which tiled attention never forms: call "
-            "the layer without it, or use the attention function of Flax to look at weights"
+            "sow_weights=True asks for the attention weights, which tiled attention never forms: "
+            "call the layer without it, or use the attention function of Flax to look at weights"
         )
 
 

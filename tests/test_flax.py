@@ -1,4 +1,4 @@
-"""The attention functions inside Flax's layers, against Flax's own function and the same parameters."""
+"""The attention functions inside Flax's layers, against Flax's own with the same parameters."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_evaluation_with_a_dropout_rate_is_served() -> None:
 
 def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
     query, key = inputs(BATCH, LENGTH, HEADS, 8), inputs(3, LENGTH, HEADS, 8)
-    with pytest.raises(ValueError, match="key must have shape .* batch axes of query"):
+    with pytest.raises(ValueError, match=r"key must have shape .* batch axes of query"):
         linen_attention(query, key, key)
     with pytest.raises(ValueError, match="query must have shape"):
         linen_attention(query[0, 0], key, key)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs what is missing, then runs every check: style, types, example, validation layers, tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+step() { printf '\n== %s\n' "$*"; }
+
+step style
+ruff check .
+ruff format --check .
+git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs clang-format --dry-run --Werror
+
+step types
+mypy
+
+step example, in a tiny size
+python examples/train_text.py --implementation vulkan --layers 1 --width 32 --context 32 --batch 2 \
+  --steps 4 --save-every 2 --output build/example
+
+step tests under the Vulkan validation layers
+JAX_AAT_VALIDATION=1 pytest -q tests/test_flax.py
+
+step tests
+pytest -q
