@@ -90,6 +90,8 @@ struct AttentionParams {
   uint list_batch_stride[MAX_BATCH_AXES];
   uint list_head_stride;  // by query-head chunk (OPERAND_LISTS)
   uint key_list_head_stride;  // by key/value head (OPERAND_KEY_LISTS)
+  uint list_capacity;         // entries that one list may take
+  uint key_list_capacity;
   OperandLayout operand[OPERAND_COUNT];
 };
 

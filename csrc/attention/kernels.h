@@ -1,0 +1,40 @@
+// The kernels that can compute a pass, and how each is cut into tiles for a device.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "attention/dispatch_plan.h"
+#include "attention/problem.h"
+
+namespace jax_aat {
+
+enum class Kernel { kForward, kTangent, kBackwardDq, kBackwardDkv, kBackwardDbias };
+
+// How one kernel is run: the tile that a workgroup owns, and the threads that share it.
+struct KernelShape {
+  const char* shader;  // source of the module, without its dtype
+  std::uint32_t threads;
+  std::uint32_t tile_rows;          // rows of the tile that a workgroup owns
+  std::uint32_t block_rows;         // rows taken from the work list a step
+  std::uint32_t thread_rows = 0;    // portable kernels: rows of the tile that a thread multiplies
+  std::uint32_t slice_columns = 0;  // portable kernels: columns of head_dim in shared memory
+  std::uint32_t required_subgroup_size = 0;
+};
+
+// A way of computing attention that a device may or may not be able to run.
+struct KernelFamily {
+  const char* path;  // what DispatchPlan::path says
+  // Nothing when the family has no kernel for the problem on the device.
+  std::optional<KernelShape> (*choose)(Kernel kernel, const AttentionProblem& problem,
+                                       const DeviceTraits& traits);
+};
+
+// Query heads in a tile: the largest power of two that divides the heads of a group, at most 16.
+std::uint32_t TileHeads(const AttentionParams& params);
+
+// Kernels of float32 arithmetic, for any device.
+std::optional<KernelShape> ChoosePortableKernel(Kernel kernel, const AttentionProblem& problem,
+                                                const DeviceTraits& traits);
+
+}  // namespace jax_aat

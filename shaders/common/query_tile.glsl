@@ -1,0 +1,36 @@
+// The tile of queries that a workgroup owns: TILE_ROWS / TILE_HEADS positions of TILE_HEADS query
+// heads that share a key/value head. Row r is position r / TILE_HEADS of head r % TILE_HEADS.
+#include "common/work_list.glsl"
+
+const uint TILE_POSITIONS = TILE_ROWS / TILE_HEADS;
+
+struct QueryTile {
+  uint first_position;
+  uint first_head;
+  uint kv_head;
+  uvec4 list;  // header of what it sees
+};
+
+uint query_tile_count() { return divide_up(PARAMS.queries, TILE_POSITIONS); }
+
+// Sets the batch entry too. The last tiles come first: under a causal mask they are the longest.
+// False past the last tile.
+bool locate_query_tile(out QueryTile tile) {
+  uint tiles = query_tile_count();
+  uint chunks = PARAMS.query_heads / TILE_HEADS;
+  uint index = workgroup_index();
+  uint entry = index / (tiles * chunks);
+  if (entry >= PARAMS.batch_count) return false;
+  set_batch(entry);
+  uint chunk = index / tiles % chunks;
+  uint number = tiles - 1 - index % tiles;
+  tile.first_position = number * TILE_POSITIONS;
+  tile.first_head = chunk * TILE_HEADS;
+  tile.kv_head = tile.first_head / (PARAMS.query_heads / PARAMS.kv_heads);
+  uint list = batch_list() + chunk * PARAMS.list_head_stride;
+  tile.list = list_header(OPERAND_LISTS, list * tiles + number);
+  return true;
+}
+
+uint row_position(uint row) { return row / TILE_HEADS; }
+uint row_head(uint row) { return row % TILE_HEADS; }
