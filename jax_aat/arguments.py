@@ -1,0 +1,239 @@
+"""Checks the arguments of `tiled_attention` when it is traced and brings them into one form."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_aat.problem import Operands, Options, Slot
+
+IMPLEMENTATIONS = ("vulkan", "xla")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_WIDEST_WINDOW = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Arguments that fit.
+
+    Attributes:
+      operands: Arrays by slot, with one batch axis.
+      options: The rest of what decides the result.
+      batched: Whether the caller's arrays have a batch axis (BTNH) or not (TNH).
+    """
+
+    operands: Operands
+    options: Options
+    batched: bool
+
+
+def check(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    *,
+    scale: float | None,
+    is_causal: bool,
+    query_seq_lengths: ArrayLike | None,
+    key_value_seq_lengths: ArrayLike | None,
+    local_window_size: int | tuple[int, int] | None,
+    query_segment_ids: ArrayLike | None,
+    key_value_segment_ids: ArrayLike | None,
+    logits_soft_cap: float | None,
+) -> Checked:
+    """Checks everything about a call but its implementation.
+
+    Raises:
+      TypeError: An argument has a type or dtype that is not allowed.
+      ValueError: A shape does not fit or a value is out of range.
+    """
+    q, k, v = _array("query", query), _array("key", key), _array("value", value)
+    _check_query_key_value(q, k, v)
+    batched = q.ndim == 4
+    if not batched:
+        q, k, v = q[None], k[None], v[None]
+    batch, queries, heads, head_dim = q.shape
+    keys = k.shape[1]
+    operands = {Slot.Q: q, Slot.K: k, Slot.V: v}
+
+    logits = (batch, heads, queries, keys)
+    if bias is not None:
+        operands[Slot.BIAS] = _bias(bias, logits, q.dtype)
+    if mask is not None:
+        operands[Slot.MASK] = _mask(mask, logits)
+
+    lengths: Mapping[Slot, tuple[str, ArrayLike | None, int]] = {
+        Slot.Q_LENGTHS: ("query_seq_lengths", query_seq_lengths, queries),
+        Slot.KV_LENGTHS: ("key_value_seq_lengths", key_value_seq_lengths, keys),
+    }
+    for slot, (name, given, limit) in lengths.items():
+        if given is not None:
+            operands[slot] = _lengths(name, given, batch, limit)
+
+    segments: Mapping[Slot, tuple[str, ArrayLike | None, int, str]] = {
+        Slot.Q_SEGMENTS: ("query_segment_ids", query_segment_ids, queries, "[B, T]"),
+        Slot.KV_SEGMENTS: ("key_value_segment_ids", key_value_segment_ids, keys, "[B, S]"),
+    }
+    missing = [name for name, given, *_ in segments.values() if given is None]
+    if len(missing) == 1:
+        raise ValueError(f"{missing[0]}: got None, expected segment ids for both or for neither")
+    for slot, (name, given, size, layout) in segments.items():
+        if given is not None:
+            operands[slot] = _broadcastable(name, _integers(name, given), (batch, size), layout)
+
+    if not isinstance(is_causal, bool | np.bool_):
+        raise TypeError(f"is_causal: got {_describe(is_causal)}, expected True or False")
+    options = Options(
+        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
+        causal=bool(is_causal),
+        window=_window(local_window_size),
+        soft_cap=0.0 if logits_soft_cap is None else _soft_cap(logits_soft_cap),
+    )
+    return Checked(operands, options, batched)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Checks the name of an implementation.
+
+    Raises:
+      ValueError: There is none of this name.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: got {implementation!r}, expected 'vulkan', 'xla' or None"
+        )
+
+
+def _check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    if q.ndim not in (3, 4):
+        raise ValueError(f"query: got shape {q.shape}, expected [B, T, N, H] or [T, N, H]")
+    layout = "[B, S, K, H]" if q.ndim == 4 else "[S, K, H]"
+    for name, x in (("key", k), ("value", v)):
+        if x.ndim != q.ndim:
+            raise ValueError(
+                f"{name}: got shape {x.shape}, expected {layout} to go with query {q.shape}"
+            )
+    if q.dtype.name not in _DTYPES:
+        raise TypeError(f"query: got dtype {q.dtype.name}, expected one of {', '.join(_DTYPES)}")
+    for name, x in (("key", k), ("value", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype.name}, expected query's, {q.dtype.name}")
+    if k.shape[:-3] != q.shape[:-3]:
+        raise ValueError(
+            f"key: got shape {k.shape} with B={k.shape[0]}, expected query's B={q.shape[0]}"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"key: got shape {k.shape} with H={k.shape[-1]}, expected query's H={q.shape[-1]}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"value: got shape {v.shape}, expected key's shape {k.shape}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"query: got shape {q.shape} with H=0, expected H of at least 1")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(
+            f"query: got N={heads} heads, expected a multiple of key's K={kv_heads} heads"
+        )
+
+
+def _bias(bias: ArrayLike, logits: tuple[int, ...], dtype: Any) -> jax.Array:
+    x = _array("bias", bias)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        hint = "; pass a boolean mask as mask" if x.dtype == jnp.bool_ else ""
+        raise TypeError(f"bias: got dtype {x.dtype.name}, expected a floating-point one{hint}")
+    if x.dtype.name not in _DTYPES[:3] and dtype != jnp.float64:
+        x = x.astype(jnp.float32)
+    return _broadcastable("bias", x, logits, "[B, N, T, S]")
+
+
+def _mask(mask: ArrayLike, logits: tuple[int, ...]) -> jax.Array:
+    x = _array("mask", mask)
+    if x.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask: got dtype {x.dtype.name}, expected bool; pass an additive mask as bias"
+        )
+    return _broadcastable("mask", x, logits, "[B, N, T, S]")
+
+
+def _lengths(name: str, lengths: ArrayLike, batch: int, limit: int) -> jax.Array:
+    x = _broadcastable(name, _integers(name, lengths), (batch,), "[B]")
+    if not isinstance(x, jax.core.Tracer) and x.is_fully_addressable and isinstance(limit, int):
+        known = np.asarray(x)
+        if known.size and not 0 <= known.min() <= known.max() <= limit:
+            raise ValueError(
+                f"{name}: got lengths from {known.min()} to {known.max()}, "
+                f"expected them to lie in 0 to {limit}"
+            )
+    return x
+
+
+def _integers(name: str, given: ArrayLike) -> jax.Array:
+    x = _array(name, given)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name}: got dtype {x.dtype.name}, expected an integer one")
+    return x.astype(jnp.int32)
+
+
+def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...], layout: str) -> jax.Array:
+    """`x` with leading axes of size 1 up to the rank of `shape`, to which it broadcasts."""
+    full = (1,) * (len(shape) - x.ndim) + x.shape
+    if x.ndim > len(shape) or any(
+        size not in (1, wanted) for size, wanted in zip(full, shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: got shape {x.shape}, expected one that broadcasts to {layout} = {shape}"
+        )
+    return x.reshape(full)
+
+
+def _window(window: int | tuple[int, int] | None) -> tuple[int, int]:
+    if window is None:
+        return (-1, -1)
+    sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
+    if len(sides) != 2 or not all(_is_integer(side) for side in sides):
+        raise TypeError(
+            f"local_window_size: got {_describe(window)}, expected an int or a pair of ints"
+        )
+    if min(sides) < 0:
+        raise ValueError(f"local_window_size: got {window}, expected no negative side")
+    left, right = (min(int(side), _WIDEST_WINDOW) for side in sides)
+    return left, right
+
+
+def _soft_cap(given: float) -> float:
+    cap = _number("logits_soft_cap", given)
+    if cap <= 0:
+        raise ValueError(f"logits_soft_cap: got {cap}, expected a positive number or None")
+    return cap
+
+
+def _number(name: str, given: Any) -> float:
+    if not isinstance(given, numbers.Real) or isinstance(given, bool):
+        raise TypeError(f"{name}: got {_describe(given)}, expected a Python number")
+    if not math.isfinite(given):
+        raise ValueError(f"{name}: got {given}, expected a finite number")
+    return float(given)
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _array(name: str, given: Any) -> jax.Array:
+    try:
+        return jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: got {_describe(given)}, expected an array") from error
+
+
+def _describe(x: Any) -> str:
+    return f"{x!r} of type {type(x).__name__}"

@@ -1,0 +1,155 @@
+"""`tiled_attention`: the public function."""
+
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_aat import arguments, devices
+from jax_aat._compat import in_auto_mesh
+from jax_aat.primitives import forward
+from jax_aat.problem import Operands, Options, Slot
+
+Implementation = Literal["vulkan", "xla"]
+
+
+@overload
+def tiled_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+    return_residual: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def tiled_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def tiled_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Softmax attention, tile by tile: memory is linear in the lengths.
+
+    A drop-in for `jax.nn.dot_product_attention`, with segment ids and a soft cap besides. With
+    B the batch size, T and S the numbers of queries and keys, N query heads, K key/value heads and
+    H the size of a head,
+
+    .. math::
+      \mathrm{out} = \mathrm{softmax}(\mathrm{cap}(\mathrm{scale}\, Q K^T) + \mathrm{bias}) V
+
+    over the keys that a query sees: those that the mask, causality, the window, the lengths and the
+    segments all allow. Differentiable any number of times, in both modes, in query, key, value and
+    bias, and through the residual.
+
+    Args:
+      query: [B, T, N, H] or [T, N, H]; float32, bfloat16, float16 or (XLA only) float64.
+      key: [B, S, K, H] or [S, K, H] in the dtype of query. N is a multiple of K; query head n uses
+        key/value head n // (N / K).
+      value: Shape and dtype of key.
+      bias: Added to the logits; any floating-point dtype, broadcasts to [B, N, T, S] ([N, T, S]).
+      mask: True where a query may attend to a key; bool, broadcasts to [B, N, T, S] ([N, T, S]).
+      scale: Factor of the logits; None: 1 / sqrt(H).
+      is_causal: Query t sees keys s <= t only.
+      query_seq_lengths: Number of valid queries, [B] integers; the rows after them are zero.
+      key_value_seq_lengths: Number of valid keys, [B] integers.
+      local_window_size: (left, right), or one number for both: query t sees keys
+        t - left <= s <= t + right.
+      query_segment_ids: [B, T] integers ([T]); a query sees keys of its own segment only.
+      key_value_segment_ids: [B, S] integers ([S]); given if and only if query_segment_ids is.
+      logits_soft_cap: c: scaled logits x become c tanh(x / c) before the bias is added.
+      implementation: 'vulkan': the shaders of this package; 'xla': the same algorithm in jax.numpy;
+        None: Vulkan where a hardware GPU serves the call, else XLA. `jax_aat.last_dispatch()` tells
+        what Vulkan ran.
+      return_residual: Also return the logsumexp of the logits of every row.
+
+    Returns:
+      The output in the shape and dtype of query; a row that sees no key is zero. With
+      `return_residual` also logsumexp, [B, T, N] ([T, N]), in the dtype of query as
+      `jax.nn.dot_product_attention` gives it; for a row that sees no key it is -0.7 times the
+      largest float32 (in float16 the lowest number). Unlike there, gradients flow through it.
+
+    Raises:
+      TypeError: An argument has a type or dtype that is not allowed.
+      ValueError: A shape does not fit, a value is out of range or the implementation is unknown.
+      RuntimeError: implementation='vulkan' where Vulkan cannot serve the call; says why.
+    """
+    arguments.check_implementation(implementation)
+    checked = arguments.check(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+    )
+    q = checked.operands[Slot.Q]
+    chosen = devices.choose_implementation(implementation, q.dtype, q.shape[-1])
+    out, lse = _attend(checked.operands, checked.options, chosen)
+    lowest = jnp.finfo(q.dtype).min
+    residual = jnp.maximum(lse, lowest).astype(q.dtype)
+    if not checked.batched:
+        out, residual = out[0], residual[0]
+    return (out, residual) if return_residual else out
+
+
+def _attend(operands: Operands, options: Options, implementation: str) -> Any:
+    """The forward primitive; where mesh axes are Explicit, its results are sharded as q is."""
+    spec = jax.typeof(operands[Slot.Q]).sharding.spec
+    return in_auto_mesh(
+        lambda values: forward(values, options, implementation),
+        operands,
+        (spec, jax.sharding.PartitionSpec(*spec[:-1])),
+    )

@@ -1,0 +1,54 @@
+"""The backward primitive: (q, k, v, ..., out, logsumexp, dout, dlogsumexp) -> gradients.
+
+Linear in the cotangents dout and dlogsumexp, of which one that is zero is left out; `results` says
+which of dq, dk, dv and dbias are wanted. The transpose of the tangent primitive.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import ad
+
+from jax_aat import tiled_xla
+from jax_aat.primitives import rules
+from jax_aat.problem import PRIMAL_OF, Operands, Slot, extents
+
+
+def _result_types(
+    operands: Operands, *, results: Sequence[Slot], dbias_shape: tuple[int, ...] | None, **_: Any
+) -> dict[Slot, jax.ShapeDtypeStruct]:
+    sizes = extents(operands)
+    return {
+        slot: jax.ShapeDtypeStruct(
+            dbias_shape if slot is Slot.DBIAS else sizes.shape(slot),
+            operands[PRIMAL_OF[slot]].dtype,
+        )
+        for slot in results
+    }
+
+
+def _transposed(
+    known: Operands,
+    cotangents: Sequence[Any],
+    wanted: dict[Slot, Any],
+    *,
+    results: Sequence[Slot],
+    dbias_shape: tuple[int, ...] | None,
+    **params: Any,
+) -> dict[Slot, Any]:
+    pairs = zip(results, cotangents, strict=True)
+    along = {slot: ct for slot, ct in pairs if type(ct) is not ad.Zero}
+    dout, dlse = rules.bind(rules.tangent_p, known | along, **params)
+    return {Slot.DOUT: dout, Slot.DLSE: dlse}
+
+
+rules.register_abstract_eval(rules.backward_p, _result_types)
+rules.register_lowering(rules.backward_p, tiled_xla.backward, _result_types)
+rules.register_batching(rules.backward_p)
+rules.register_linear(
+    rules.backward_p,
+    tiled_xla.backward,
+    linear=(Slot.DOUT, Slot.DLSE),
+    transposed=_transposed,
+)

@@ -1,0 +1,169 @@
+"""What the three primitives share: binding, abstract values, lowering, batching, derivatives.
+
+Every primitive takes its operands in slot order and has at least these parameters: `slots` (which
+operands those are), `options` and `implementation`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_aat._compat import result_aval, vary_like
+from jax_aat.primitives.vulkan_call import vulkan_call
+from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Slot, by_slot
+from jax_aat.tiles import sum_to
+
+ResultTypes = Callable[..., dict[Slot, jax.ShapeDtypeStruct]]
+"""(operands or their abstract values, **params) -> shapes and dtypes of the results, in order."""
+
+
+def _new_primitive(name: str, *static_argnames: str) -> Primitive:
+    """A primitive with several results that runs its own jitted lowering."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    static = ("slots", "options", "implementation", *static_argnames)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
+    return primitive
+
+
+# All three are made here because the rules of each bind another; their names are those of the
+# custom calls' targets.
+forward_p = _new_primitive("jax_aat_forward")
+tangent_p = _new_primitive("jax_aat_tangent")
+backward_p = _new_primitive("jax_aat_backward", "results", "dbias_shape")
+
+
+def bind(primitive: Primitive, operands: Operands, **params: Any) -> list[Any]:
+    """Binds a primitive to operands named by slot."""
+    slots = tuple(sorted(operands))
+    values = [operands[slot] for slot in slots]
+    # Under shard_map all must vary over the same mesh axes; the transpose of this sums a gradient
+    # over the axes that the operand itself does not vary over.
+    return list(primitive.bind(*(vary_like(x, values) for x in values), slots=slots, **params))
+
+
+def register_abstract_eval(primitive: Primitive, result_types: ResultTypes) -> None:
+    """Registers shapes and dtypes."""
+
+    def abstract_eval(*avals: Any, slots: Sequence[int], **params: Any) -> list[Any]:
+        types = result_types(by_slot(slots, avals), **params)
+        return [result_aval(avals[0], t.shape, t.dtype) for t in types.values()]
+
+    primitive.def_abstract_eval(abstract_eval)
+
+
+def register_lowering(
+    primitive: Primitive, tiled: Callable[..., Sequence[jax.Array]], result_types: ResultTypes
+) -> None:
+    """Registers the tiled algorithm for all platforms and the custom call where it exists.
+
+    Args:
+      primitive: The primitive; its name is that of the custom call's target.
+      tiled: (operands, options, ...) -> results in jax.numpy.
+      result_types: Shapes and dtypes of the results.
+    """
+
+    def lower(serves_vulkan: bool) -> Any:
+        def run(
+            *values: jax.Array, slots: Sequence[int], implementation: str, **params: Any
+        ) -> Sequence[jax.Array]:
+            operands = by_slot(slots, values)
+            types = result_types(operands, implementation=implementation, **params)
+            if any(0 in x.shape for x in values):
+                return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
+            if serves_vulkan and implementation == "vulkan":
+                return vulkan_call(primitive.name, operands, params["options"], types)
+            return tiled(operands, **params)
+
+        return mlir.lower_fun(run, multiple_results=True)
+
+    mlir.register_lowering(primitive, lower(serves_vulkan=False))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, lower(serves_vulkan=True), platform=platform)
+
+
+def _nothing_to_attend_to(slot: Slot, result: jax.ShapeDtypeStruct) -> jax.Array:
+    """Result of a call with no query or no key."""
+    return jnp.full(result.shape, EMPTY_LOGSUMEXP if slot is Slot.LSE else 0, result.dtype)
+
+
+def no_tangent(x: Any) -> Any:
+    """The tangent of a result that nothing moves."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def register_batching(primitive: Primitive) -> None:
+    """Registers vmap: one more batch axis, of size 1 for operands that are not mapped."""
+
+    def batch(
+        args: Sequence[Any], dims: Sequence[int | None], **params: Any
+    ) -> tuple[list[Any], list[int]]:
+        size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+        values = [
+            jnp.expand_dims(x, 0) if d is None else jnp.moveaxis(x, d, 0)
+            for x, d in zip(args, dims, strict=True)
+        ]
+        if params.get("dbias_shape"):
+            params["dbias_shape"] = (size, *params["dbias_shape"])
+        results = primitive.bind(*values, **params)
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = batch
+
+
+def register_linear(
+    primitive: Primitive,
+    tiled: Callable[..., Sequence[jax.Array]],
+    linear: Sequence[Slot],
+    transposed: Callable[..., dict[Slot, Any]],
+) -> None:
+    """Registers JVP and transpose of a primitive that is linear in some operands.
+
+    Args:
+      primitive: The primitive.
+      tiled: (operands, options, ...) -> results in jax.numpy; differentiated in the other operands.
+      linear: Slots in which the primitive is linear.
+      transposed: (other operands, cotangents of the results, abstract values of the operands whose
+        cotangents are wanted, **params) -> these, with all batch axes.
+    """
+
+    def jvp(
+        primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
+    ) -> tuple[list[Any], list[Any]]:
+        operands = by_slot(slots, primals)
+        moving = {s: t for s, t in by_slot(slots, tangents).items() if type(t) is not ad.Zero}
+        along = {slot: t for slot, t in moving.items() if slot in linear}
+        across = {slot: t for slot, t in moving.items() if slot not in linear}
+        results = bind(primitive, operands, **params)
+        derivative = [no_tangent(x) for x in results]
+        if along:
+            fixed = {slot: x for slot, x in operands.items() if slot not in linear}
+            terms = bind(primitive, fixed | along, **params)
+            derivative = [jnp.broadcast_to(t, x.shape) for t, x in zip(terms, results, strict=True)]
+        if across:
+            tiled_params = {k: v for k, v in params.items() if k != "implementation"}
+            _, terms = jax.jvp(
+                lambda some: list(tiled(operands | some, **tiled_params)),
+                ({slot: operands[slot] for slot in across},),
+                (across,),
+            )
+            derivative = [ad.add_tangents(d, t) for d, t in zip(derivative, terms, strict=True)]
+        return results, derivative
+
+    def transpose(
+        cotangents: Sequence[Any], *args: Any, slots: Sequence[int], **params: Any
+    ) -> list[Any]:
+        operands = by_slot(slots, args)
+        wanted = {s: x.aval for s, x in operands.items() if ad.is_undefined_primal(x)}
+        known = {slot: x for slot, x in operands.items() if slot not in linear}
+        if all(type(ct) is ad.Zero for ct in cotangents):
+            return [ad.Zero(wanted[s]) if s in wanted else None for s in operands]
+        results = transposed(known, cotangents, wanted, **params)
+        return [sum_to(results[s], wanted[s].shape) if s in wanted else None for s in operands]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose

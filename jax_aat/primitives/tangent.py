@@ -1,0 +1,52 @@
+"""The tangent primitive: (q, k, v, ..., out, logsumexp, dq, dk, dv, dbias) -> (dout, dlogsumexp).
+
+Linear in the tangents dq, dk, dv and dbias, of which those that are zero are left out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.interpreters import ad
+
+from jax_aat import tiled_xla
+from jax_aat.primitives import rules
+from jax_aat.problem import Operands, Slot, accumulation_dtype, extents
+
+
+def _result_types(operands: Operands, **_: Any) -> dict[Slot, jax.ShapeDtypeStruct]:
+    sizes, dtype = extents(operands), operands[Slot.Q].dtype
+    return {
+        Slot.DOUT: jax.ShapeDtypeStruct(sizes.shape(Slot.DOUT), dtype),
+        Slot.DLSE: jax.ShapeDtypeStruct(sizes.shape(Slot.DLSE), accumulation_dtype(dtype)),
+    }
+
+
+def _transposed(
+    known: Operands, cotangents: Sequence[Any], wanted: dict[Slot, Any], **params: Any
+) -> dict[Slot, Any]:
+    pairs = zip((Slot.DOUT, Slot.DLSE), cotangents, strict=True)
+    along = {slot: ct for slot, ct in pairs if type(ct) is not ad.Zero}
+    dbias_shape = None
+    if Slot.DBIAS in wanted:
+        # Summed by the pass over the axes along which bias broadcasts.
+        dbias_shape = wanted[Slot.DBIAS].shape
+    gradients = rules.bind(
+        rules.backward_p,
+        known | along,
+        results=tuple(wanted),
+        dbias_shape=dbias_shape,
+        **params,
+    )
+    return dict(zip(wanted, gradients, strict=True))
+
+
+rules.register_abstract_eval(rules.tangent_p, _result_types)
+rules.register_lowering(rules.tangent_p, tiled_xla.tangent, _result_types)
+rules.register_batching(rules.tangent_p)
+rules.register_linear(
+    rules.tangent_p,
+    tiled_xla.tangent,
+    linear=(Slot.DQ, Slot.DK, Slot.DV, Slot.DBIAS),
+    transposed=_transposed,
+)

@@ -1,0 +1,173 @@
+"""The words in which Python and C++ speak of an attention call: operand slots and options.
+
+The table of slots, with shapes and dtypes, is in `docs/architecture.md`; the numbers are those of
+`shaders/common/params.h`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY_LOGSUMEXP = float(np.float32(-0.7) * np.finfo(np.float32).max)
+"""logsumexp of a query row that has nothing to attend to."""
+
+
+class Slot(enum.IntEnum):
+    """An operand or a result of a primitive; primitives take theirs in this order."""
+
+    Q = 0
+    K = 1
+    V = 2
+    BIAS = 3
+    MASK = 4
+    Q_LENGTHS = 5
+    KV_LENGTHS = 6
+    Q_SEGMENTS = 7
+    KV_SEGMENTS = 8
+    OUT = 9
+    LSE = 10
+    DQ = 11
+    DK = 12
+    DV = 13
+    DBIAS = 14
+    DOUT = 15
+    DLSE = 16
+
+    @property
+    def core_ndim(self) -> int:
+        """Number of axes after the batch axes."""
+        return _CORE_NDIM[self]
+
+    @property
+    def query_axis(self) -> int | None:
+        """Axis that runs along queries, from the end; None: there is none."""
+        return _QUERY_AXIS.get(self)
+
+    @property
+    def key_axis(self) -> int | None:
+        """Axis that runs along keys, from the end; None: there is none."""
+        return _KEY_AXIS.get(self)
+
+    @property
+    def head_axis(self) -> int | None:
+        """Axis that runs along heads, from the end; None: there is none."""
+        return _HEAD_AXIS.get(self)
+
+
+_LENGTHS = (Slot.Q_LENGTHS, Slot.KV_LENGTHS)
+_SEGMENTS = (Slot.Q_SEGMENTS, Slot.KV_SEGMENTS)
+_LOGIT_LIKE = (Slot.BIAS, Slot.MASK, Slot.DBIAS)
+_QUERY_LIKE = (Slot.Q, Slot.OUT, Slot.DQ, Slot.DOUT)
+_KEY_LIKE = (Slot.K, Slot.V, Slot.DK, Slot.DV)
+_ROW_LIKE = (Slot.LSE, Slot.DLSE)
+
+_CORE_NDIM = (
+    dict.fromkeys(_LENGTHS, 0)
+    | dict.fromkeys(_SEGMENTS, 1)
+    | dict.fromkeys(_ROW_LIKE, 2)
+    | dict.fromkeys((*_LOGIT_LIKE, *_QUERY_LIKE, *_KEY_LIKE), 3)
+)
+_QUERY_AXIS = {Slot.Q_SEGMENTS: -1} | dict.fromkeys((*_LOGIT_LIKE, *_ROW_LIKE), -2)
+_QUERY_AXIS |= dict.fromkeys(_QUERY_LIKE, -3)
+_KEY_AXIS = {Slot.KV_SEGMENTS: -1} | dict.fromkeys(_LOGIT_LIKE, -1) | dict.fromkeys(_KEY_LIKE, -3)
+_HEAD_AXIS = dict.fromkeys((*_QUERY_LIKE, *_KEY_LIKE), -2) | dict.fromkeys(_LOGIT_LIKE, -3)
+_HEAD_AXIS |= dict.fromkeys(_ROW_LIKE, -1)
+
+INPUTS = tuple(Slot(i) for i in range(9))
+DIFFERENTIABLE = (Slot.Q, Slot.K, Slot.V, Slot.BIAS)
+"""Operands that have a tangent and a gradient."""
+
+TANGENT_OF = {
+    Slot.Q: Slot.DQ,
+    Slot.K: Slot.DK,
+    Slot.V: Slot.DV,
+    Slot.BIAS: Slot.DBIAS,
+    Slot.OUT: Slot.DOUT,
+    Slot.LSE: Slot.DLSE,
+}
+PRIMAL_OF = {tangent: primal for primal, tangent in TANGENT_OF.items()}
+
+Operands = dict[Slot, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What of an attention call is known when it is traced.
+
+    Attributes:
+      scale: Factor of the logits.
+      causal: Query t sees keys s <= t only.
+      window: (left, right): query t sees keys t - left <= s <= t + right; -1: unbounded.
+      soft_cap: c: logits become c tanh(logits / c) before the bias is added; 0: they do not.
+    """
+
+    scale: float
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    soft_cap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Extents:
+    """Sizes of an attention call.
+
+    Attributes:
+      batch: The batch axes, broadcast over all operands.
+      queries: T.
+      keys: S.
+      heads: N, of the queries.
+      kv_heads: K, of keys and values.
+      head_dim: H.
+    """
+
+    batch: tuple[int, ...]
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.heads // self.kv_heads if self.kv_heads else 0
+
+    def shape(self, slot: Slot) -> tuple[int, ...]:
+        """Shape of a result in a slot; that of DBIAS is without broadcasting."""
+        if slot in _QUERY_LIKE:
+            return (*self.batch, self.queries, self.heads, self.head_dim)
+        if slot in _KEY_LIKE:
+            return (*self.batch, self.keys, self.kv_heads, self.head_dim)
+        if slot in _ROW_LIKE:
+            return (*self.batch, self.queries, self.heads)
+        if slot in _LOGIT_LIKE:
+            return (*self.batch, self.heads, self.queries, self.keys)
+        raise ValueError(f"{slot.name} is never a result")
+
+
+def broadcast_batch(operands: Mapping[Slot, Any]) -> tuple[int, ...]:
+    """Batch axes of a call: those of its operands, broadcast."""
+    shapes = [np.shape(x)[: len(np.shape(x)) - slot.core_ndim] for slot, x in operands.items()]
+    return tuple(jnp.broadcast_shapes(*shapes))
+
+
+def extents(operands: Mapping[Slot, Any]) -> Extents:
+    """Sizes of the call that takes `operands` (arrays or abstract values)."""
+    queries, heads, head_dim = operands[Slot.Q].shape[-3:]
+    keys, kv_heads, _ = operands[Slot.K].shape[-3:]
+    return Extents(broadcast_batch(operands), queries, keys, heads, kv_heads, head_dim)
+
+
+def by_slot(slots: Sequence[int], values: Iterable[Any]) -> dict[Slot, Any]:
+    """Names positional operands by their slots."""
+    return {Slot(slot): value for slot, value in zip(slots, values, strict=True)}
+
+
+def accumulation_dtype(dtype: Any) -> "np.dtype[Any]":
+    """Type of logits, sums and logsumexp: float64 for float64 operands, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)

@@ -1,0 +1,316 @@
+"""Cuts the operands of an attention call into tiles of queries and blocks of keys.
+
+Inside a tile the query heads are grouped by the key/value head that they share: logits lie as
+[*batch, K, G, t, s], queries as [*batch, t, K, G, H], row statistics as [*batch, K, G, t].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_aat._compat import vary_like
+from jax_aat.problem import (
+    Extents,
+    Operands,
+    Options,
+    Slot,
+    accumulation_dtype,
+    extents,
+)
+
+# Products of float32 need more than a TPU's or GPU's default; those of 16-bit floats do not.
+_PRECISION = {
+    jnp.dtype(jnp.bfloat16): lax.Precision.DEFAULT,
+    jnp.dtype(jnp.float16): lax.Precision.HIGH,
+}
+
+Accumulators = dict[Any, jax.Array]
+"""What a fold carries, by slot or name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """An attention call cut into tiles.
+
+    Attributes:
+      operands: Those of the call, padded along queries and keys to whole tiles.
+      options: Those of the call.
+      extents: Sizes of the call, without padding.
+      rows: Queries of a tile.
+      columns: Keys of a block.
+    """
+
+    operands: Operands
+    options: Options
+    extents: Extents
+    rows: int
+    columns: int
+
+    @classmethod
+    def cut(cls, operands: Operands, options: Options, tile: tuple[int, int]) -> "Tiles":
+        """Cuts a call into tiles of at most `tile` = (queries, keys)."""
+        sizes = extents(operands)
+        # A symbolic length is cut into full tiles.
+        rows = min(tile[0], sizes.queries) if isinstance(sizes.queries, int) else tile[0]
+        columns = min(tile[1], sizes.keys) if isinstance(sizes.keys, int) else tile[1]
+        tiles = cls(operands, options, sizes, rows, columns)
+        padded = {
+            slot: _pad_to(x, tiles.padded_shape(slot, x.shape)) for slot, x in operands.items()
+        }
+        return dataclasses.replace(tiles, operands=padded)
+
+    @property
+    def padded_queries(self) -> int:
+        """T, rounded up to whole tiles."""
+        return -(-self.extents.queries // self.rows) * self.rows
+
+    @property
+    def padded_keys(self) -> int:
+        """S, rounded up to whole blocks."""
+        return -(-self.extents.keys // self.columns) * self.columns
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """[*batch, K, G, padded T]: shape of a statistic of query rows."""
+        sizes = self.extents
+        return (*sizes.batch, sizes.kv_heads, sizes.groups, self.padded_queries)
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """Type of logits and accumulators."""
+        return accumulation_dtype(self.operands[Slot.Q].dtype)
+
+    def padded_shape(self, slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of an operand once it is padded; axes of size 1 that broadcast stay."""
+        padded = list(shape)
+        axes = (
+            (slot.query_axis, self.extents.queries, self.padded_queries),
+            (slot.key_axis, self.extents.keys, self.padded_keys),
+        )
+        for axis, size, padded_size in axes:
+            if axis is not None and shape[axis] == size:
+                padded[axis] = padded_size
+        return tuple(padded)
+
+    def filled(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        """An accumulator."""
+        return vary_like(jnp.full(shape, value, self.dtype), self.operands.values())
+
+    def fold(
+        self, step: Callable[[Accumulators, Any, Any], Accumulators], start: Accumulators
+    ) -> Accumulators:
+        """Runs `step(carry, tile index, block index)` over the work list."""
+        pairs = self._work_list()
+        if pairs.shape[0] == 1:
+            return step(start, 0, 0)
+        # For derivatives of derivatives: tiles of logits are recomputed rather than stored.
+        recomputed = jax.checkpoint(step, prevent_cse=False)
+        return lax.scan(lambda carry, ij: (recomputed(carry, *ij), None), start, pairs)[0]
+
+    def _work_list(self) -> Any:
+        """[pairs, 2]: every tile with every block that it sees, by causality and window."""
+        tile_count = self.padded_queries // self.rows
+        block_count = self.padded_keys // self.columns
+        if not (isinstance(tile_count, int) and isinstance(block_count, int)):
+            pairs = jnp.arange(tile_count * block_count, dtype=jnp.int32)
+            return jnp.stack([pairs // block_count, pairs % block_count], axis=-1)
+        tile, block = np.indices((tile_count, block_count))
+        # Key minus query position lies in [nearest, furthest] inside a pair.
+        nearest = block * self.columns - ((tile + 1) * self.rows - 1)
+        furthest = (block + 1) * self.columns - 1 - tile * self.rows
+        left, right = self.options.window
+        seen = np.ones((tile_count, block_count), bool)
+        if self.options.causal:
+            seen &= nearest <= 0
+        if left >= 0:
+            seen &= furthest >= -left
+        if right >= 0:
+            seen &= nearest <= right
+        return np.argwhere(seen).astype(np.int32)
+
+    def take(self, slot: Slot, i: Any, j: Any) -> jax.Array:
+        """Part of an operand that tile i and block j need, grouped by heads."""
+        x = self.operands[slot]
+        if slot.query_axis is not None and x.shape[slot.query_axis] == self.padded_queries:
+            x = _slice(x, slot.query_axis, i, self.rows)
+        if slot.key_axis is not None and x.shape[slot.key_axis] == self.padded_keys:
+            x = _slice(x, slot.key_axis, j, self.columns)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(self.dtype)
+        match slot:
+            case Slot.Q_LENGTHS | Slot.KV_LENGTHS:
+                return x[..., None, None, None, None]
+            case Slot.Q_SEGMENTS:
+                return x[..., None, None, :, None]
+            case Slot.KV_SEGMENTS:
+                return x[..., None, None, None, :]
+            case Slot.K | Slot.V | Slot.DK | Slot.DV:
+                return x
+            case Slot.LSE | Slot.DLSE:
+                return jnp.moveaxis(self._grouped(x, -1), -3, -1)
+            case _:
+                assert slot.head_axis is not None
+                return self._grouped(x, slot.head_axis)
+
+    def logits(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array | float]:
+        """Logits of a pair, -inf where hidden, and the slope of the soft cap."""
+        slope: jax.Array | float = 1.0
+        scores = self.product("tkgh,skh->kgts", self.take(Slot.Q, i, j), self.take(Slot.K, i, j))
+        scores *= self.options.scale
+        cap = self.options.soft_cap
+        if cap:
+            squashed = jnp.tanh(scores / cap)
+            scores, slope = cap * squashed, 1 - squashed**2
+        if Slot.BIAS in self.operands:
+            scores += self.take(Slot.BIAS, i, j)
+        visible = self._visible(i, j)
+        return scores if visible is None else jnp.where(visible, scores, -jnp.inf), slope
+
+    def logits_tangent(self, slope: jax.Array | float, i: Any, j: Any) -> jax.Array | float:
+        """Tangent of the logits of a pair along DQ, DK and DBIAS."""
+        total: jax.Array | float = 0.0
+        if Slot.DQ in self.operands:
+            total += self.product(
+                "tkgh,skh->kgts", self.take(Slot.DQ, i, j), self.take(Slot.K, i, j)
+            )
+        if Slot.DK in self.operands:
+            total += self.product(
+                "tkgh,skh->kgts", self.take(Slot.Q, i, j), self.take(Slot.DK, i, j)
+            )
+        total *= slope * self.options.scale
+        if Slot.DBIAS in self.operands:
+            total += self.take(Slot.DBIAS, i, j)
+        return total
+
+    def _visible(self, i: Any, j: Any) -> jax.Array | None:
+        """Which keys of a block the queries of a tile see; None: all."""
+        query = i * self.rows + jnp.arange(self.rows)[:, None]
+        key = j * self.columns + jnp.arange(self.columns)
+        left, right = self.options.window
+        conditions = []
+        # Whether a symbolic length is whole is not known here.
+        if not _same(self.padded_queries, self.extents.queries):
+            conditions.append(query < self.extents.queries)
+        if not _same(self.padded_keys, self.extents.keys):
+            conditions.append(key < self.extents.keys)
+        if self.options.causal:
+            conditions.append(key <= query)
+        if left >= 0:
+            conditions.append(key >= query - left)
+        if right >= 0:
+            conditions.append(key <= query + right)
+        if Slot.MASK in self.operands:
+            conditions.append(self.take(Slot.MASK, i, j))
+        if Slot.Q_LENGTHS in self.operands:
+            conditions.append(query < self.take(Slot.Q_LENGTHS, i, j))
+        if Slot.KV_LENGTHS in self.operands:
+            conditions.append(key < self.take(Slot.KV_LENGTHS, i, j))
+        if Slot.Q_SEGMENTS in self.operands:
+            conditions.append(self.take(Slot.Q_SEGMENTS, i, j) == self.take(Slot.KV_SEGMENTS, i, j))
+        visible = None
+        for condition in conditions:
+            visible = condition if visible is None else visible & condition
+        return visible
+
+    def product(self, subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+        """Einsum over the axes after the batch axes, which broadcast."""
+        inputs, output = subscripts.split("->")
+        a, b = inputs.split(",")
+        return jnp.einsum(
+            f"...{a},...{b}->...{output}",
+            left,
+            right,
+            precision=_PRECISION.get(self.operands[Slot.Q].dtype, lax.Precision.HIGHEST),
+        )
+
+    def rows_of(self, x: jax.Array, i: Any) -> jax.Array:
+        """Rows of tile i of an accumulator [*batch, K, G, padded T, ...]."""
+        return _slice(x, self._row_axis(x), i, self.rows)
+
+    def with_rows(self, x: jax.Array, i: Any, rows: jax.Array) -> jax.Array:
+        """`x` with the rows of tile i replaced."""
+        axis = self._row_axis(x)
+        return lax.dynamic_update_slice_in_dim(x, rows, i * self.rows, axis)
+
+    def _row_axis(self, x: jax.Array) -> int:
+        return len(self.extents.batch) + 2
+
+    def add(self, slot: Slot, x: jax.Array, i: Any, j: Any, part: jax.Array) -> jax.Array:
+        """Adds a pair's part to a padded gradient, summed over the axes where that has size 1."""
+        sizes = zip(part.shape, x.shape, strict=True)
+        part = sum_to(part, tuple(1 if whole == 1 else size for size, whole in sizes))
+        starts: list[Any] = [jnp.int32(0)] * x.ndim
+        if slot.query_axis is not None and x.shape[slot.query_axis] != 1:
+            starts[slot.query_axis] = jnp.int32(i * self.rows)
+        if slot.key_axis is not None and x.shape[slot.key_axis] != 1:
+            starts[slot.key_axis] = jnp.int32(j * self.columns)
+        old = lax.dynamic_slice(x, starts, part.shape)
+        return lax.dynamic_update_slice(x, old + part, starts)
+
+    def grouped_rows(self, slot: Slot) -> jax.Array:
+        """A whole operand of query rows as [*batch, K, G, padded T, ...]."""
+        x = self.operands[slot].astype(self.dtype)
+        assert slot.head_axis is not None
+        x = self._grouped(x, slot.head_axis)
+        return jnp.moveaxis(x, slot.head_axis - 2, -1 if slot.core_ndim == 2 else -2)
+
+    def _grouped(self, x: jax.Array, axis: int) -> jax.Array:
+        """Splits the axis of query heads into [K, G]; one of size 1 into [1, 1]."""
+        axis += x.ndim
+        sizes = self.extents
+        heads = (1, 1) if x.shape[axis] == 1 else (sizes.kv_heads, sizes.groups)
+        return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
+
+    def ungrouped(self, logits: jax.Array) -> jax.Array:
+        """[*batch, K, G, t, s] as [*batch, N, t, s]."""
+        return logits.reshape(*logits.shape[:-4], self.extents.heads, *logits.shape[-2:])
+
+    def result(self, slot: Slot, x: jax.Array) -> jax.Array:
+        """An accumulator as a result of the call: without padding and grouping, in its dtype."""
+        match slot:
+            case Slot.OUT | Slot.DOUT | Slot.DQ:
+                x = jnp.moveaxis(x, -2, -4)[..., : self.extents.queries, :, :, :]
+                x = x.reshape(self.extents.shape(slot))
+                return x.astype(self.operands[Slot.Q].dtype)
+            case Slot.LSE | Slot.DLSE:
+                x = jnp.moveaxis(x, -1, -3)[..., : self.extents.queries, :, :]
+                return x.reshape(self.extents.shape(slot))
+            case Slot.DK | Slot.DV:
+                x = x[..., : self.extents.keys, :, :]
+                return x.astype(self.operands[Slot.K].dtype)
+            case _:
+                rows = slice(None if x.shape[-2] == 1 else self.extents.queries)
+                columns = slice(None if x.shape[-1] == 1 else self.extents.keys)
+                return x[..., rows, columns].astype(self.operands[Slot.BIAS].dtype)
+
+
+def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums `x` over the axes where `shape` is 1: the transpose of broadcasting."""
+    axes = tuple(
+        axis
+        for axis, (size, wanted) in enumerate(zip(x.shape, shape, strict=True))
+        if wanted == 1 and size != 1
+    )
+    return x.sum(axes, keepdims=True) if axes else x
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    return isinstance(a, int) and a == b
+
+
+def _slice(x: jax.Array, axis: int, index: Any, size: int) -> jax.Array:
+    if _same(x.shape[axis], size):
+        return x
+    return lax.dynamic_slice_in_dim(x, index * size, size, axis % x.ndim)
+
+
+def _pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if x.shape == shape:
+        return x
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
