@@ -1,4 +1,210 @@
-// The Python module jax_aat._native.
+// The Python module jax_aat._native: the custom calls, the devices, what ran and what it used.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-NB_MODULE(_native, m) { m.doc() = "Vulkan runtime of jax_aat"; }
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ffi/handlers.h"
+#include "metrics/last_dispatch.h"
+#include "vulkan/features.h"
+#include "vulkan/pipeline_cache.h"
+#include "vulkan/runtime.h"
+#include "vulkan/text.h"
+#include "vulkan/validation.h"
+
+namespace nb = nanobind;
+
+namespace jax_aat {
+namespace {
+
+using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
+
+nb::dict Registrations(const std::string& platform) {
+  if (platform != "cpu") {
+    throw nb::value_error(
+        Concat("there are no custom calls for the platform '", platform, "', only for 'cpu'")
+            .c_str());
+  }
+  const auto capsule = [](XLA_FFI_Handler* handler) {
+    return nb::capsule(reinterpret_cast<void*>(handler));
+  };
+  nb::dict targets;
+  targets["jax_aat_forward"] = capsule(ForwardOnHost);
+  targets["jax_aat_tangent"] = capsule(TangentOnHost);
+  targets["jax_aat_backward"] = capsule(BackwardOnHost);
+  return targets;
+}
+
+nb::dict TraitsDict(const DeviceTraits& traits) {
+  nb::dict dict;
+  dict["subgroup_size"] = traits.subgroup_size;
+  dict["min_subgroup_size"] = traits.min_subgroup_size;
+  dict["max_subgroup_size"] = traits.max_subgroup_size;
+  dict["max_shared_memory"] = traits.max_shared_memory;
+  dict["max_workgroup_invocations"] = traits.max_workgroup_invocations;
+  dict["max_workgroup_count"] = traits.max_workgroup_count;
+  dict["storage_16bit"] = traits.storage_16bit;
+  dict["coopmat_float16"] = traits.coopmat_float16;
+  dict["coopmat_bfloat16"] = traits.coopmat_bfloat16;
+  dict["coopmat_layout_known"] = traits.coopmat_layout_known;
+  return dict;
+}
+
+nb::dict DeviceDict(const PhysicalDevice& device) {
+  nb::dict features;
+  for (const auto& [name, present] : device.features) features[name.c_str()] = present;
+  for (const char* extension : KnownExtensions()) {
+    features[extension] = device.HasExtension(extension);
+  }
+  nb::dict dict;
+  dict["index"] = device.index;
+  dict["name"] = device.name;
+  dict["kind"] = DeviceKindName(device.kind);
+  dict["vendor_id"] = device.vendor_id;
+  dict["uuid"] = device.uuid;
+  dict["driver_name"] = device.driver_name;
+  dict["driver_info"] = device.driver_info;
+  dict["api_version"] = Concat(VK_API_VERSION_MAJOR(device.api_version), ".",
+                               VK_API_VERSION_MINOR(device.api_version), ".",
+                               VK_API_VERSION_PATCH(device.api_version));
+  dict["features"] = features;
+  dict["traits"] = TraitsDict(device.traits);
+  dict["missing"] = nb::cast(device.missing);
+  return dict;
+}
+
+nb::list Devices() {
+  nb::list list;
+  const Instance* instance = nullptr;
+  try {
+    const nb::gil_scoped_release release;
+    instance = &Runtime::Get().instance();
+  } catch (const Error&) {
+    return list;  // problem() has the words
+  }
+  for (const PhysicalDevice& device : instance->devices()) list.append(DeviceDict(device));
+  return list;
+}
+
+std::string Problem() {
+  try {
+    Runtime::Get().default_device();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+std::optional<std::uint32_t> DefaultDevice() {
+  try {
+    return Runtime::Get().default_device();
+  } catch (const Error&) {
+    return std::nullopt;  // problem() has the words
+  }
+}
+
+const char* PassName(Pass pass) {
+  switch (pass) {
+    case Pass::kForward:
+      return "forward";
+    case Pass::kTangent:
+      return "tangent";
+    case Pass::kBackward:
+      break;
+  }
+  return "backward";
+}
+
+std::optional<nb::dict> LastDispatchDict() {
+  const std::optional<DispatchRecord> record = LastDispatch();
+  if (!record) return std::nullopt;
+  nb::dict dict;
+  dict["sequence"] = record->sequence;
+  dict["pass"] = PassName(record->pass);
+  dict["path"] = record->path;
+  dict["platform"] = record->platform;
+  dict["device"] = record->device;
+  dict["shaders"] = nb::cast(record->shaders);
+  dict["imported_bytes"] = record->imported_bytes;
+  dict["staged_bytes"] = record->staged_bytes;
+  return dict;
+}
+
+nb::dict PoolDict(const MemoryStatistics::Pool& pool) {
+  nb::dict dict;
+  dict["reserved_bytes"] = pool.reserved_bytes;
+  dict["in_use_bytes"] = pool.in_use_bytes;
+  dict["blocks"] = pool.blocks;
+  dict["allocations"] = pool.allocations;
+  return dict;
+}
+
+// The context of the default device if a call made one already.
+std::shared_ptr<Context> ExistingContext() {
+  Runtime& runtime = Runtime::Get();
+  return runtime.Existing(runtime.default_device());
+}
+
+nb::dict MemoryStats() {
+  MemoryStatistics statistics;
+  {
+    const nb::gil_scoped_release release;
+    if (const auto context = ExistingContext()) statistics = context->memory().Statistics();
+  }
+  nb::dict dict = PoolDict(statistics.total);
+  dict["peak_reserved_bytes"] = statistics.peak_reserved_bytes;
+  dict["peak_in_use_bytes"] = statistics.peak_in_use_bytes;
+  dict["limit_bytes"] = statistics.limit_bytes;
+  dict["imports"] = statistics.imports;
+  dict["live_imports"] = statistics.live_imports;
+  nb::dict pools;
+  for (std::size_t i = 0; i < kPurposeCount; ++i) {
+    pools[PurposeName(static_cast<Purpose>(i))] = PoolDict(statistics.pools[i]);
+  }
+  dict["pools"] = pools;
+  return dict;
+}
+
+std::uint64_t TrimMemory() {
+  const auto context = ExistingContext();
+  return context == nullptr ? 0 : context->memory().Trim();
+}
+
+std::string CachePath() {
+  Runtime& runtime = Runtime::Get();
+  return PipelineCachePath(runtime.instance().devices()[runtime.default_device()]).string();
+}
+
+void MarkDeviceLost() {
+  if (const auto context = ExistingContext()) context->device().MarkLost();
+}
+
+}  // namespace
+}  // namespace jax_aat
+
+NB_MODULE(_native, m) {
+  using namespace jax_aat;
+  m.doc() = "Vulkan runtime of jax_aat";
+  m.def("registrations", Registrations, nb::arg("platform"));
+  m.def("devices", Devices);
+  m.def("problem", Problem, ReleaseGil());
+  m.def("default_device", DefaultDevice, ReleaseGil());
+  m.def(
+      "set_default_device", [](std::uint32_t index) { Runtime::Get().set_default_device(index); },
+      nb::arg("index"), ReleaseGil());
+  m.def("last_dispatch", LastDispatchDict);
+  m.def("memory_stats", MemoryStats);
+  m.def("trim_memory", TrimMemory, ReleaseGil());
+  m.def("validation_messages", ValidationMessages);
+  m.def("cache_path", CachePath, ReleaseGil());
+  m.def("mark_device_lost", MarkDeviceLost, ReleaseGil());
+  // Drivers must not be torn down by the exit handlers of the process, in no known order.
+  const auto shutdown = nb::cpp_function([] { Runtime::Get().Shutdown(); }, ReleaseGil());
+  nb::module_::import_("atexit").attr("register")(shutdown);
+}

@@ -1,0 +1,31 @@
+// Turns the arguments, results and attributes of a custom call into an attention problem.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/problem.h"
+#include "interop/operands.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_aat {
+
+struct CallAttributes {
+  std::uint32_t operands = 0;  // bit i: slot i is among the arguments
+  std::uint32_t results = 0;   // bit i: slot i is among the results
+  float scale = 1;
+  float soft_cap = 0;
+  std::int32_t causal = 0;
+  std::int32_t window_left = -1;
+  std::int32_t window_right = -1;
+};
+
+struct AttentionCall {
+  AttentionProblem problem;
+  OperandBuffers buffers;
+};
+
+// Throws std::invalid_argument, in words, where counts, ranks, shapes or dtypes do not fit.
+AttentionCall MakeCall(Pass pass, const CallAttributes& attributes, xla::ffi::RemainingArgs args,
+                       xla::ffi::RemainingRets rets);
+
+}  // namespace jax_aat

@@ -1,0 +1,31 @@
+// The operand slots as docs/architecture.md lists them: names, axes, dtypes.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "common/params.h"
+
+namespace jax_aat {
+
+inline constexpr std::uint32_t kCallSlots = 17;  // those that cross the FFI boundary
+
+// Axes after the batch axes.
+enum class Axis { kQueries, kKeys, kQueryHeads, kKvHeads, kHeadDim };
+
+enum class SlotType { kLikeQuery, kLikeBias, kFloat32, kBool, kInt32 };
+
+struct Slot {
+  std::string_view name;
+  SlotType type;
+  std::span<const Axis> axes;
+  bool broadcast_axes;  // the axes after the batch axes may have size 1 as well
+};
+
+const std::array<Slot, kCallSlots>& Slots();
+
+constexpr std::uint32_t Bit(std::uint32_t slot) { return std::uint32_t{1} << slot; }
+
+}  // namespace jax_aat

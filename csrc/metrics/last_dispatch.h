@@ -1,0 +1,28 @@
+// What the latest attention call ran, so that callers can assert it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention/problem.h"
+
+namespace jax_aat {
+
+struct DispatchRecord {
+  std::uint64_t sequence = 0;  // counts the calls of the process, from 1
+  Pass pass = Pass::kForward;
+  std::string path;      // family of kernels: "portable" or "coopmat"
+  std::string platform;  // of JAX: "cpu" or "cuda"
+  std::string device;
+  std::vector<std::string> shaders;  // in the order of their dispatches
+  std::uint64_t imported_bytes = 0;  // operands used where they lie
+  std::uint64_t staged_bytes = 0;    // operands copied
+};
+
+// Sets the sequence number and keeps the record as the latest.
+void RecordDispatch(DispatchRecord record);
+std::optional<DispatchRecord> LastDispatch();
+
+}  // namespace jax_aat

@@ -1,0 +1,126 @@
+#include "vulkan/context.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "vulkan/text.h"
+
+namespace jax_aat {
+namespace {
+
+constexpr VkPipelineStageFlags2 kCompute = VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT;
+constexpr VkPipelineStageFlags2 kCopy = VK_PIPELINE_STAGE_2_COPY_BIT;
+constexpr VkAccessFlags2 kShaderRead = VK_ACCESS_2_SHADER_READ_BIT;
+constexpr VkAccessFlags2 kShaderWrite = VK_ACCESS_2_SHADER_WRITE_BIT;
+constexpr VkAccessFlags2 kCopyRead = VK_ACCESS_2_TRANSFER_READ_BIT;
+constexpr VkAccessFlags2 kCopyWrite = VK_ACCESS_2_TRANSFER_WRITE_BIT;
+
+AttentionParams WithAddresses(const DispatchPlan& plan, OperandAddresses addresses,
+                              VkDeviceAddress scratch) {
+  AttentionParams params = plan.params;
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    addresses[part.operand] = scratch + part.offset;
+  }
+  for (std::size_t i = 0; i < addresses.size(); ++i) {
+    params.operand[i].address_low = static_cast<std::uint32_t>(addresses[i]);
+    params.operand[i].address_high = static_cast<std::uint32_t>(addresses[i] >> 32);
+  }
+  return params;
+}
+
+}  // namespace
+
+Context::Context(const Instance& instance, const PhysicalDevice& physical)
+    : device_(instance, physical), memory_(device_), pipelines_(device_) {
+  for (std::uint32_t i = 0; i < device_.queue_count(); ++i) {
+    queues_.push_back(std::make_unique<Queue>(device_, i));
+  }
+}
+
+Context::~Context() {
+  // A lost device answers with an error, which changes nothing any more.
+  device_.vk().DeviceWaitIdle(device_.handle());
+}
+
+TimelinePoint Context::Run(const DispatchPlan& plan, const OperandAddresses& addresses,
+                           const Surroundings& around) {
+  device_.RequireAlive();
+  std::vector<VkPipeline> pipelines;
+  for (const Dispatch& dispatch : plan.dispatches) {
+    if (*std::ranges::max_element(dispatch.groups) > traits().max_workgroup_count) {
+      throw Error(ErrorKind::kInternal, Concat("The kernel ", dispatch.shader,
+                                               " needs more workgroups than the device allows."));
+    }
+    pipelines.push_back(pipelines_.Get(dispatch));
+  }
+  Block scratch;
+  VkDeviceAddress scratch_address = 0;
+  if (plan.scratch_bytes > 0) {
+    scratch = memory_.Allocate(Purpose::kState, plan.scratch_bytes);
+    scratch_address = scratch.address();
+  }
+  Block parameters = memory_.Allocate(Purpose::kParameters, sizeof(AttentionParams));
+  const AttentionParams params = WithAddresses(plan, addresses, scratch_address);
+  std::memcpy(parameters.mapped(), &params, sizeof(params));
+
+  Queue& queue = LeastLoadedQueue();
+  std::unique_ptr<CommandSlot> slot = queue.Begin();
+  Record(slot->buffer(), plan, pipelines, parameters.address(), around);
+  const TimelinePoint done = queue.Submit(std::move(slot), around.waits, around.signals);
+  std::move(parameters).ReleaseAt(done);
+  if (plan.scratch_bytes > 0) std::move(scratch).ReleaseAt(done);
+  return done;
+}
+
+Queue& Context::LeastLoadedQueue() {
+  if (queues_.size() == 1) return *queues_.front();
+  const std::size_t first = next_queue_++ % queues_.size();
+  Queue* best = nullptr;
+  std::uint64_t least = UINT64_MAX;
+  for (std::size_t i = 0; i < queues_.size() && least > 0; ++i) {
+    Queue& queue = *queues_[(first + i) % queues_.size()];
+    const std::uint64_t load = queue.Load();
+    if (load < least) {
+      best = &queue;
+      least = load;
+    }
+  }
+  return *best;
+}
+
+void Context::Record(VkCommandBuffer commands, const DispatchPlan& plan,
+                     std::span<const VkPipeline> pipelines, VkDeviceAddress parameters,
+                     const Surroundings& around) const {
+  const DeviceTable& vk = device_.vk();
+  const auto copy = [&](std::span<const BufferCopy> copies) {
+    for (const BufferCopy& each : copies) {
+      vk.CmdCopyBuffer(commands, each.source, each.target, 1, &each.range);
+    }
+  };
+  copy(around.copies_in);
+  if (!around.copies_in.empty()) {
+    RecordBarrier(device_, commands, kCopy, kCopyWrite, kCompute, kShaderRead | kShaderWrite);
+  }
+  vk.CmdPushConstants(commands, pipelines_.layout(), VK_SHADER_STAGE_COMPUTE_BIT, 0,
+                      sizeof(parameters), &parameters);
+  for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
+    const Dispatch& dispatch = plan.dispatches[i];
+    if (dispatch.barrier_before) {
+      RecordBarrier(device_, commands, kCompute, kShaderWrite, kCompute,
+                    kShaderRead | kShaderWrite);
+    }
+    vk.CmdBindPipeline(commands, VK_PIPELINE_BIND_POINT_COMPUTE, pipelines[i]);
+    vk.CmdDispatch(commands, dispatch.groups[0], dispatch.groups[1], dispatch.groups[2]);
+  }
+  if (!around.copies_out.empty()) {
+    RecordBarrier(device_, commands, kCompute, kShaderWrite, kCopy, kCopyRead);
+    copy(around.copies_out);
+  }
+  if (around.host_reads) {
+    RecordBarrier(device_, commands, kCompute | kCopy, kShaderWrite | kCopyWrite,
+                  VK_PIPELINE_STAGE_2_HOST_BIT, VK_ACCESS_2_HOST_READ_BIT);
+  }
+}
+
+}  // namespace jax_aat

@@ -1,0 +1,66 @@
+// Everything of one device that outlives a call, and the running of plans on it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "attention/dispatch_plan.h"
+#include "vulkan/commands.h"
+#include "vulkan/device.h"
+#include "vulkan/memory.h"
+#include "vulkan/pipelines.h"
+
+namespace jax_aat {
+
+// Device addresses by operand slot; those of absent operands and of scratch are not read.
+using OperandAddresses = std::array<VkDeviceAddress, OPERAND_COUNT>;
+
+struct BufferCopy {
+  VkBuffer source = VK_NULL_HANDLE;
+  VkBuffer target = VK_NULL_HANDLE;
+  VkBufferCopy range = {};
+};
+
+// What happens around the dispatches of a plan, in this order: the waits, the copies to the
+// device, the dispatches, the copies back, the signals.
+struct Surroundings {
+  std::span<const TimelinePoint> waits;
+  std::span<const BufferCopy> copies_in;
+  std::span<const BufferCopy> copies_out;
+  bool host_reads = false;  // the host reads what the device wrote
+  std::span<const TimelinePoint> signals;
+};
+
+class Context {
+ public:
+  Context(const Instance& instance, const PhysicalDevice& physical);
+  // Waits until the device is idle.
+  ~Context();
+
+  const Device& device() const { return device_; }
+  const DeviceTraits& traits() const { return device_.physical().traits; }
+  MemoryManager& memory() { return memory_; }
+
+  // Submits the plan and returns without waiting for it; the point is reached when everything is
+  // done. Scratch and parameter block are the context's own.
+  TimelinePoint Run(const DispatchPlan& plan, const OperandAddresses& addresses,
+                    const Surroundings& around);
+
+ private:
+  Queue& LeastLoadedQueue();
+  void Record(VkCommandBuffer commands, const DispatchPlan& plan,
+              std::span<const VkPipeline> pipelines, VkDeviceAddress parameters,
+              const Surroundings& around) const;
+
+  const Device device_;
+  MemoryManager memory_;
+  Pipelines pipelines_;
+  std::vector<std::unique_ptr<Queue>> queues_;
+  std::atomic<std::uint32_t> next_queue_ = 0;
+};
+
+}  // namespace jax_aat

@@ -1,0 +1,47 @@
+// Compute pipelines by shader and specialisation constants, each compiled once when first asked
+// for.
+#pragma once
+
+#include <cstdint>
+#include <future>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention/dispatch_plan.h"
+#include "vulkan/device.h"
+#include "vulkan/pipeline_cache.h"
+
+namespace jax_aat {
+
+// Push constants of every module: a device address and, where a module has them, two words more.
+inline constexpr std::uint32_t kPushBytes = 16;
+
+class Pipelines {
+ public:
+  explicit Pipelines(const Device& device);
+
+  VkPipelineLayout layout() const { return layout_.get(); }
+
+  // The pipeline of a dispatch. Compiles without holding a lock; threads that ask for a pipeline
+  // in the making wait for it. Throws Error where the device's limits do not allow it.
+  VkPipeline Get(const Dispatch& dispatch);
+
+ private:
+  using Key = std::tuple<std::string, std::vector<std::uint32_t>, std::uint32_t>;
+
+  void CheckLimits(const Dispatch& dispatch) const;
+  VkShaderModule Module(const std::string& shader);
+  PipelineHandle Compile(const Dispatch& dispatch);
+
+  const Device& device_;
+  PipelineCache cache_;
+  PipelineLayoutHandle layout_;
+  std::mutex mutex_;
+  std::map<std::string, ShaderModuleHandle> modules_;
+  std::map<Key, std::shared_future<PipelineHandle>> pipelines_;
+};
+
+}  // namespace jax_aat
