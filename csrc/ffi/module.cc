@@ -12,6 +12,7 @@
 
 #include "ffi/handlers.h"
 #include "metrics/last_dispatch.h"
+#include "metrics/timestamps.h"
 #include "vulkan/features.h"
 #include "vulkan/pipeline_cache.h"
 #include "vulkan/runtime.h"
@@ -122,7 +123,13 @@ const char* PassName(Pass pass) {
 }
 
 std::optional<nb::dict> LastDispatchDict() {
-  const std::optional<DispatchRecord> record = LastDispatch();
+  std::optional<DispatchRecord> record;
+  std::optional<std::vector<double>> milliseconds;
+  {
+    const nb::gil_scoped_release release;
+    record = LastDispatch();
+    if (record && record->timestamps) milliseconds = record->timestamps->Milliseconds();
+  }
   if (!record) return std::nullopt;
   nb::dict dict;
   dict["sequence"] = record->sequence;
@@ -133,6 +140,7 @@ std::optional<nb::dict> LastDispatchDict() {
   dict["shaders"] = nb::cast(record->shaders);
   dict["imported_bytes"] = record->imported_bytes;
   dict["staged_bytes"] = record->staged_bytes;
+  dict["kernel_milliseconds"] = nb::cast(milliseconds);
   return dict;
 }
 
@@ -199,12 +207,18 @@ NB_MODULE(_native, m) {
       "set_default_device", [](std::uint32_t index) { Runtime::Get().set_default_device(index); },
       nb::arg("index"), ReleaseGil());
   m.def("last_dispatch", LastDispatchDict);
+  m.def("set_timing", SetTiming, nb::arg("enabled"));
   m.def("memory_stats", MemoryStats);
   m.def("trim_memory", TrimMemory, ReleaseGil());
   m.def("validation_messages", ValidationMessages);
   m.def("cache_path", CachePath, ReleaseGil());
   m.def("mark_device_lost", MarkDeviceLost, ReleaseGil());
   // Drivers must not be torn down by the exit handlers of the process, in no known order.
-  const auto shutdown = nb::cpp_function([] { Runtime::Get().Shutdown(); }, ReleaseGil());
+  const auto shutdown = nb::cpp_function(
+      [] {
+        ForgetLastDispatch();
+        Runtime::Get().Shutdown();
+      },
+      ReleaseGil());
   nb::module_::import_("atexit").attr("register")(shutdown);
 }

@@ -11,6 +11,7 @@
 
 #include "attention/dispatch_plan.h"
 #include "metrics/last_dispatch.h"
+#include "metrics/timestamps.h"
 #include "vulkan/runtime.h"
 
 namespace jax_aat {
@@ -153,11 +154,13 @@ void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
   const std::shared_ptr<Context> context = runtime.Acquire(runtime.default_device());
   const DispatchPlan plan = PlanAttention(problem, context->traits());
   const HostOperands operands(*context, buffers);
+  const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
   const TimelinePoint done = context->Run(plan, operands.addresses(),
                                           {
                                               .copies_in = operands.copies_in(),
                                               .copies_out = operands.copies_out(),
                                               .host_reads = true,
+                                              .timestamps = timestamps.get(),
                                           });
   context->device().Wait(done);
   operands.CopyResults();
@@ -169,6 +172,7 @@ void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
       .device = context->device().physical().name,
       .imported_bytes = operands.imported_bytes(),
       .staged_bytes = operands.staged_bytes(),
+      .timestamps = timestamps,
   };
   for (const Dispatch& dispatch : plan.dispatches) record.shaders.push_back(dispatch.shader);
   RecordDispatch(std::move(record));

@@ -8,14 +8,21 @@ namespace {
 
 std::mutex mutex;
 std::optional<DispatchRecord> latest;
+std::uint64_t calls = 0;
+
+// The replaced record is destroyed by the caller, outside the lock: its timestamps may wait.
+std::optional<DispatchRecord> Exchange(std::optional<DispatchRecord> record) {
+  const std::lock_guard lock(mutex);
+  if (record) record->sequence = ++calls;
+  latest.swap(record);
+  return record;
+}
 
 }  // namespace
 
-void RecordDispatch(DispatchRecord record) {
-  const std::lock_guard lock(mutex);
-  record.sequence = latest ? latest->sequence + 1 : 1;
-  latest = std::move(record);
-}
+void RecordDispatch(DispatchRecord record) { Exchange(std::move(record)); }
+
+void ForgetLastDispatch() { Exchange(std::nullopt); }
 
 std::optional<DispatchRecord> LastDispatch() {
   const std::lock_guard lock(mutex);

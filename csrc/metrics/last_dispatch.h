@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "attention/problem.h"
+#include "metrics/timestamps.h"
 
 namespace jax_aat {
 
@@ -16,13 +18,16 @@ struct DispatchRecord {
   std::string path;      // family of kernels: "portable" or "coopmat"
   std::string platform;  // of JAX: "cpu" or "cuda"
   std::string device;
-  std::vector<std::string> shaders;  // in the order of their dispatches
-  std::uint64_t imported_bytes = 0;  // operands used where they lie
-  std::uint64_t staged_bytes = 0;    // operands copied
+  std::vector<std::string> shaders;              // in the order of their dispatches
+  std::uint64_t imported_bytes = 0;              // operands used where they lie
+  std::uint64_t staged_bytes = 0;                // operands copied
+  std::shared_ptr<const Timestamps> timestamps;  // null: not timed
 };
 
 // Sets the sequence number and keeps the record as the latest.
 void RecordDispatch(DispatchRecord record);
 std::optional<DispatchRecord> LastDispatch();
+// Lets go of what the record holds; sequence numbers go on.
+void ForgetLastDispatch();
 
 }  // namespace jax_aat

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "metrics/timestamps.h"
 #include "vulkan/text.h"
 
 namespace jax_aat {
@@ -68,6 +69,7 @@ TimelinePoint Context::Run(const DispatchPlan& plan, const OperandAddresses& add
   std::unique_ptr<CommandSlot> slot = queue.Begin();
   Record(slot->buffer(), plan, pipelines, parameters.address(), around);
   const TimelinePoint done = queue.Submit(std::move(slot), around.waits, around.signals);
+  if (around.timestamps != nullptr) around.timestamps->Submitted(done);
   std::move(parameters).ReleaseAt(done);
   if (plan.scratch_bytes > 0) std::move(scratch).ReleaseAt(done);
   return done;
@@ -111,8 +113,11 @@ void Context::Record(VkCommandBuffer commands, const DispatchPlan& plan,
                     kShaderRead | kShaderWrite);
     }
     vk.CmdBindPipeline(commands, VK_PIPELINE_BIND_POINT_COMPUTE, pipelines[i]);
+    if (around.timestamps != nullptr) around.timestamps->RecordStart(commands, i);
     vk.CmdDispatch(commands, dispatch.groups[0], dispatch.groups[1], dispatch.groups[2]);
+    if (around.timestamps != nullptr) around.timestamps->RecordEnd(commands, i);
   }
+  if (around.timestamps != nullptr) around.timestamps->RecordResults(commands);
   if (!around.copies_out.empty()) {
     RecordBarrier(device_, commands, kCompute, kShaderWrite, kCopy, kCopyRead);
     copy(around.copies_out);

@@ -16,6 +16,8 @@
 
 namespace jax_aat {
 
+class Timestamps;
+
 // Device addresses by operand slot; those of absent operands and of scratch are not read.
 using OperandAddresses = std::array<VkDeviceAddress, OPERAND_COUNT>;
 
@@ -33,6 +35,7 @@ struct Surroundings {
   std::span<const BufferCopy> copies_out;
   bool host_reads = false;  // the host reads what the device wrote
   std::span<const TimelinePoint> signals;
+  Timestamps* timestamps = nullptr;  // times the dispatches
 };
 
 class Context {

@@ -34,6 +34,7 @@ using MemoryHandle = DeviceHandle<VkDeviceMemory, &DeviceTable::FreeMemory>;
 using PipelineHandle = DeviceHandle<VkPipeline, &DeviceTable::DestroyPipeline>;
 using PipelineCacheHandle = DeviceHandle<VkPipelineCache, &DeviceTable::DestroyPipelineCache>;
 using PipelineLayoutHandle = DeviceHandle<VkPipelineLayout, &DeviceTable::DestroyPipelineLayout>;
+using QueryPoolHandle = DeviceHandle<VkQueryPool, &DeviceTable::DestroyQueryPool>;
 using SemaphoreHandle = DeviceHandle<VkSemaphore, &DeviceTable::DestroySemaphore>;
 using ShaderModuleHandle = DeviceHandle<VkShaderModule, &DeviceTable::DestroyShaderModule>;
 

@@ -62,7 +62,12 @@ namespace jax_aat {
   X(CmdPushConstants)                  \
   X(CmdDispatch)                       \
   X(CmdCopyBuffer)                     \
-  X(CmdPipelineBarrier2)
+  X(CmdPipelineBarrier2)               \
+  X(CreateQueryPool)                   \
+  X(DestroyQueryPool)                  \
+  X(ResetQueryPool)                    \
+  X(CmdWriteTimestamp2)                \
+  X(CmdCopyQueryPoolResults)
 
 struct GlobalTable {
   PFN_vkGetInstanceProcAddr GetInstanceProcAddr = nullptr;

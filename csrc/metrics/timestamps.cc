@@ -1,0 +1,88 @@
+#include "metrics/timestamps.h"
+
+#include <atomic>
+#include <cstring>
+#include <utility>
+
+#include "vulkan/logging.h"
+
+namespace jax_aat {
+namespace {
+
+std::atomic<bool> enabled = false;
+
+}  // namespace
+
+bool TimingEnabled() { return enabled; }
+void SetTiming(bool on) { enabled = on; }
+
+std::shared_ptr<Timestamps> Timestamps::IfEnabled(std::shared_ptr<Context> context,
+                                                  std::size_t dispatches) {
+  if (!TimingEnabled() || context->device().physical().timestamp_bits == 0) return nullptr;
+  return std::make_shared<Timestamps>(std::move(context), dispatches);
+}
+
+Timestamps::Timestamps(std::shared_ptr<Context> context, std::size_t dispatches)
+    : context_(std::move(context)),
+      dispatches_(dispatches),
+      queries_(context_->device()),
+      results_(context_->memory().Allocate(Purpose::kMetrics, dispatches * 2 * sizeof(uint64_t))) {
+  const Device& device = context_->device();
+  const auto count = static_cast<std::uint32_t>(dispatches * 2);
+  const VkQueryPoolCreateInfo info = {
+      .sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
+      .queryType = VK_QUERY_TYPE_TIMESTAMP,
+      .queryCount = count,
+  };
+  device.Check(device.vk().CreateQueryPool(device.handle(), &info, nullptr, queries_.out()),
+               "vkCreateQueryPool");
+  device.vk().ResetQueryPool(device.handle(), queries_.get(), 0, count);
+}
+
+Timestamps::~Timestamps() {
+  try {
+    if (done_.semaphore != VK_NULL_HANDLE) context_->device().Wait(done_);
+  } catch (const Error& error) {
+    Log(LogLevel::kError, error.what());
+  }
+}
+
+void Timestamps::RecordStart(VkCommandBuffer commands, std::size_t dispatch) const {
+  Write(commands, dispatch * 2);
+}
+
+void Timestamps::RecordEnd(VkCommandBuffer commands, std::size_t dispatch) const {
+  Write(commands, dispatch * 2 + 1);
+}
+
+void Timestamps::Write(VkCommandBuffer commands, std::size_t query) const {
+  context_->device().vk().CmdWriteTimestamp2(commands, VK_PIPELINE_STAGE_2_COMPUTE_SHADER_BIT,
+                                             queries_.get(), static_cast<std::uint32_t>(query));
+}
+
+void Timestamps::RecordResults(VkCommandBuffer commands) const {
+  const Device& device = context_->device();
+  device.vk().CmdCopyQueryPoolResults(
+      commands, queries_.get(), 0, static_cast<std::uint32_t>(dispatches_ * 2), results_.buffer(),
+      results_.offset(), sizeof(std::uint64_t), VK_QUERY_RESULT_64_BIT | VK_QUERY_RESULT_WAIT_BIT);
+  RecordBarrier(device, commands, VK_PIPELINE_STAGE_2_COPY_BIT, VK_ACCESS_2_TRANSFER_WRITE_BIT,
+                VK_PIPELINE_STAGE_2_HOST_BIT, VK_ACCESS_2_HOST_READ_BIT);
+}
+
+std::vector<double> Timestamps::Milliseconds() const {
+  const Device& device = context_->device();
+  device.Wait(done_);
+  std::vector<std::uint64_t> ticks(dispatches_ * 2);
+  std::memcpy(ticks.data(), results_.mapped(), ticks.size() * sizeof(std::uint64_t));
+  const std::uint32_t bits = device.physical().timestamp_bits;
+  const std::uint64_t mask = bits >= 64 ? UINT64_MAX : (std::uint64_t{1} << bits) - 1;
+  std::vector<double> milliseconds;
+  for (std::size_t i = 0; i < dispatches_; ++i) {
+    const std::uint64_t elapsed = (ticks[i * 2 + 1] - ticks[i * 2]) & mask;
+    milliseconds.push_back(static_cast<double>(elapsed) * device.physical().limits.timestampPeriod *
+                           1e-6);
+  }
+  return milliseconds;
+}
+
+}  // namespace jax_aat
