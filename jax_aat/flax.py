@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-from jax_aat.attention import tiled_attention
+
+from jax_aat.attention import Implementation, tiled_attention
 
 __all__ = ["linen_attention", "nnx_attention"]
 
@@ -48,7 +49,7 @@ def linen_attention(
     attn_weights_value_einsum: Any = None,
     *,
     is_causal: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attention for ``flax.linen``, in place of ``flax.linen.dot_product_attention``.
 
@@ -105,7 +106,7 @@ def nnx_attention(
     promote_dtype: Any = None,
     is_causal: bool = False,
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attention for ``flax.nnx``, in place of ``flax.nnx.dot_product_attention``.
 
@@ -164,29 +165,32 @@ def _attend(
     mask: ArrayLike | None,
     dtype: DTypeLike | None,
     is_causal: bool,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> jax.Array:
     """Promotes the operands, folds their batch axes into one and attends."""
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(dtype, jnp.float32)
-    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim < 3 or array.shape[:-3] != query.shape[:-3]:
+    q, k, v = (jnp.asarray(x, dtype) for x in (query, key, value))
+    batch = q.shape[:-3]
+    for name, array in (("query", q), ("key", k), ("value", v)):
+        if array.ndim < 3 or array.shape[:-3] != batch:
             raise ValueError(
                 f"{name} must have shape [*batch, length, heads, head_dim] with the batch axes of "
-                f"query, got {array.shape} beside query {query.shape}"
+                f"query, got {array.shape} beside query {q.shape}"
             )
-    batch = query.shape[:-3]
+    fold = (math.prod(batch),)
     folded = tiled_attention(
-        *(x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)),
+        q.reshape(fold + q.shape[-3:]),
+        k.reshape(fold + k.shape[-3:]),
+        v.reshape(fold + v.shape[-3:]),
         bias=None if bias is None else _fold_scores("bias", jnp.asarray(bias), batch),
         mask=None if mask is None else _fold_scores("mask", jnp.asarray(mask, bool), batch),
         is_causal=is_causal,
         implementation=implementation,
     )
-    return folded.reshape(query.shape)
+    return folded.reshape(q.shape)
 
 
 def _fold_scores(name: str, array: jax.Array, batch: tuple[int, ...]) -> jax.Array:

@@ -88,14 +88,13 @@ def test_linen_layer_and_its_gradients(implementation: str, mask: str) -> None:
     assert relative_error(gradients, expected_gradients) < 1e-4
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kv_heads", [HEADS, 2])
-def test_nnx_layer_and_its_gradients(implementation: str, mask: str, kv_heads: int) -> None:
+@pytest.mark.parametrize("mask", ["none", "causal float32", "causal and padding"])
+def test_nnx_layer_and_its_gradients(implementation: str, mask: str) -> None:
     x, target = inputs(), inputs(seed=1)
 
     @functools.partial(nnx.jit, static_argnums=0)
     def run(attention_fn: Any, x: jax.Array) -> Any:
-        layer = nnx_layer(attention_fn, num_kv_heads=kv_heads)
+        layer = nnx_layer(attention_fn, num_kv_heads=2)
 
         def loss(layer: nnx.MultiHeadAttention, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             full = MASKS[mask]()
@@ -130,8 +129,10 @@ def test_linen_causal_bound_by_partial(implementation: str) -> None:
     assert relative_error(linen_layer(ours).apply(variables, x), expected) < 2e-5
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 2)])
-@pytest.mark.parametrize("mask_batch", ["full", "ones", "last only"])
+@pytest.mark.parametrize(
+    ("batch", "mask_batch"),
+    [((), "full"), ((3,), "ones"), ((2, 3), "last only"), ((2, 3), "ones"), ((2, 1, 2), "full")],
+)
 def test_any_number_of_batch_axes(
     implementation: str, batch: tuple[int, ...], mask_batch: str
 ) -> None:
@@ -177,12 +178,11 @@ def test_linen_decodes_step_by_step(implementation: str) -> None:
     assert relative_error(jnp.concatenate(outputs, axis=1), expected) < 2e-5
 
 
-@pytest.mark.parametrize("kv_heads", [HEADS, 2])
-def test_nnx_decodes_step_by_step(implementation: str, kv_heads: int) -> None:
+def test_nnx_decodes_step_by_step(implementation: str) -> None:
     x = inputs()
     ours = functools.partial(nnx_attention, implementation=implementation)
-    layer = nnx_layer(ours, num_kv_heads=kv_heads)
-    expected = nnx_layer(nnx.dot_product_attention, num_kv_heads=kv_heads)(x, is_causal=True)
+    layer = nnx_layer(ours, num_kv_heads=2)
+    expected = nnx_layer(nnx.dot_product_attention, num_kv_heads=2)(x, is_causal=True)
     layer.init_cache(x.shape)
     step = nnx.jit(lambda layer, x: layer(x, decode=True))
     outputs = [step(layer, x[:, position : position + 1]) for position in range(LENGTH)]
