@@ -19,6 +19,22 @@ constexpr std::uint32_t kListThreads = 64;
 constexpr std::uint32_t kDeltaThreads = 64;
 constexpr std::uint64_t kScratchAlignment = 256;
 
+// Indices of specialisation constants, as in shaders/common/specialization.glsl.
+enum Constant {
+  kThreads,
+  kSubgroupSize,
+  kFeatures,
+  kHeadDim,
+  kTileRows,
+  kTileHeads,
+  kBlockRows,
+  kBiasDtype,
+  kThreadRows,
+  kSliceColumns,
+  kVectorAccess,
+  kTransposed,
+};
+
 // Features that decide what is visible: all that work_lists.comp needs to know.
 constexpr std::uint32_t kVisibilityFeatures = FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS |
                                               FEATURE_KV_LENGTHS | FEATURE_SEGMENTS | FEATURE_MASK;
@@ -201,12 +217,12 @@ class Planner {
     maker.threads = kListThreads;
     maker.required_subgroup_size = 0;
     Dispatch dispatch = MakeDispatch("work_lists.f32", maker, kVisibilityFeatures, lists);
-    dispatch.specialization[3] = 0;  // of no matter to lists: one pipeline for every head_dim
-    dispatch.specialization[7] = 0;
-    dispatch.specialization[8] = 0;
-    dispatch.specialization[9] = 0;
-    dispatch.specialization[10] = 0;
-    dispatch.specialization.push_back(transposed ? 1 : 0);
+    // Lists are the same for every head_dim and dtype: one pipeline makes them.
+    for (const Constant constant :
+         {kHeadDim, kBiasDtype, kThreadRows, kSliceColumns, kVectorAccess}) {
+      dispatch.specialization[constant] = 0;
+    }
+    dispatch.specialization[kTransposed] = transposed ? 1 : 0;
     plan_.dispatches.push_back(std::move(dispatch));
   }
 
@@ -220,7 +236,7 @@ class Planner {
       layout.batch_stride[axis] = params_.batch[axis] == 1 ? 0 : CheckedStride(stride);
       stride *= params_.batch[axis];
     }
-    AddScratch(OPERAND_DELTA, stride * 4);
+    AddScratch(OPERAND_DELTA, CheckedStride(stride) * std::uint64_t{4});
     KernelShape shape = {"attend_backward_delta", kDeltaThreads, kDeltaThreads / 8, kGranuleRows};
     const std::uint64_t rows =
         std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
@@ -244,6 +260,7 @@ class Planner {
              DivideUp(extent[MAX_BATCH_AXES + 2], shape.block_rows);
     AddKernel(shape, kScoreFeatures | cotangents, tiles,
               (2 + value_products) * pairs_ * params_.head_dim);
+    plan_.dispatches.back().specialization[kTileHeads] = 1;  // its tiles are of one head
   }
 
   void AddKernel(const KernelShape& shape, std::uint32_t features, std::uint64_t workgroups,
@@ -260,7 +277,7 @@ class Planner {
     Dispatch dispatch;
     dispatch.shader = std::move(shader);
     dispatch.required_subgroup_size = shape.required_subgroup_size;
-    // In the order of shaders/common/specialization.glsl.
+    // In the order of Constant.
     dispatch.specialization = {
         shape.threads,
         shape.required_subgroup_size != 0 ? shape.required_subgroup_size : traits_.subgroup_size,
@@ -273,6 +290,7 @@ class Planner {
         shape.thread_rows,
         shape.slice_columns,
         StridesAllowVectors(params_) ? 1u : 0u,
+        /*transposed=*/0,
     };
     const std::uint64_t x = std::min<std::uint64_t>(workgroups, traits_.max_workgroup_count);
     const std::uint64_t y = DivideUp(workgroups, x);

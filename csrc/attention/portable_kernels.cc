@@ -27,7 +27,7 @@ KernelTraits TraitsOf(Kernel kernel) {
     case Kernel::kBackwardDkv:
       return {"attend_backward_dkv", 2, 2};
     case Kernel::kBackwardDbias:
-      return {"attend_backward_dbias", 2, 0};
+      return {"attend_backward_dbias", 3, 0};
   }
   return {};
 }
@@ -62,9 +62,12 @@ std::optional<KernelShape> ChoosePortableKernel(Kernel kernel, const AttentionPr
                                                 const DeviceTraits& traits) {
   const KernelTraits kernel_traits = TraitsOf(kernel);
   const AttentionParams& params = problem.params;
-  const bool owns_keys = kernel == Kernel::kBackwardDkv;
-  const std::uint64_t rows_there_are =
-      owns_keys ? params.keys : std::uint64_t{params.queries} * TileHeads(params);
+  std::uint64_t rows_there_are = params.queries;
+  if (kernel == Kernel::kBackwardDkv) {
+    rows_there_are = params.keys;
+  } else if (kernel != Kernel::kBackwardDbias) {
+    rows_there_are *= TileHeads(params);
+  }
   for (const std::uint32_t tile_rows : {64u, 32u, 16u}) {
     if (tile_rows > 16 && rows_there_are <= tile_rows / 2) continue;
     for (const std::uint32_t block_rows : {32u, 16u}) {

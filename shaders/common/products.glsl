@@ -25,10 +25,20 @@ const uint ACCUMULATORS = SLICES * THREAD_QUADS * THREAD_ROWS;
 shared vec4 tile_slice[TILE_ROWS * SLICE_STRIDE];
 shared vec4 block_slice[BLOCK_ROWS * SLICE_STRIDE];
 shared vec4 scores[SCORE_PLANES * SCORE_PLANE];
-shared uint block_not_finite;  // some value of block_slice is NaN or infinite
+// Number of the latest staging that met a NaN or an infinity, and of the one at work.
+shared uint not_finite_staging;
+uint staging = 0;
 
 uint thread_row(uint i) { return gl_LocalInvocationID.x / COLUMN_THREADS + i * ROW_THREADS; }
 uint thread_column() { return gl_LocalInvocationID.x % COLUMN_THREADS; }
+
+// Where a thread keeps its quad `q` of a slice for its row `i`.
+uint sum_index(uint slice, uint q, uint i) { return (slice * THREAD_QUADS + q) * THREAD_ROWS + i; }
+
+// First column of head_dim of that quad.
+uint sum_column(uint slice, uint q) {
+  return slice * SLICE_COLUMNS + (thread_column() + q * COLUMN_THREADS) * 4;
+}
 
 // products += tile_slice x transposed block_slice, over the columns of the slice that exist.
 void multiply_rows(inout float products[THREAD_SCORES], uint slice) {
@@ -65,13 +75,13 @@ void put_products(float products[THREAD_SCORES], uint plane) {
 // zero hides its row of block_slice even where that row is NaN or infinite.
 void multiply_scores(inout vec4 sums[ACCUMULATORS], uint plane, uint slice, bool guard) {
   uint weights = plane * SCORE_PLANE + thread_row(0) * SCORE_STRIDE;
-  if (guard && block_not_finite != 0) {
+  if (guard && not_finite_staging == staging) {
     for (uint j = 0; j < BLOCK_ROWS; ++j) {
       [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
         vec4 value = block_slice[j * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
         [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
           float weight = scores[weights + i * ROW_THREADS * SCORE_STRIDE + j / 4][j % 4];
-          uint index = (slice * THREAD_QUADS + q) * THREAD_ROWS + i;
+          uint index = sum_index(slice, q, i);
           if (weight != 0.0) sums[index] = fma(vec4(weight), value, sums[index]);
         }
       }
@@ -87,15 +97,10 @@ void multiply_scores(inout vec4 sums[ACCUMULATORS], uint plane, uint slice, bool
       [[unroll]] for (uint j = 0; j < 4; ++j) {
         vec4 value = block_slice[(quad * 4 + j) * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
         [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-          uint index = (slice * THREAD_QUADS + q) * THREAD_ROWS + i;
+          uint index = sum_index(slice, q, i);
           sums[index] = fma(vec4(weight[i][j]), value, sums[index]);
         }
       }
     }
   }
-}
-
-// First column of head_dim of the quad that a thread accumulates.
-uint sum_column(uint slice, uint q) {
-  return slice * SLICE_COLUMNS + (thread_column() + q * COLUMN_THREADS) * 4;
 }

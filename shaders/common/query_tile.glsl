@@ -31,6 +31,3 @@ bool locate_query_tile(out QueryTile tile) {
   tile.list = list_header(OPERAND_LISTS, list * tiles + number);
   return true;
 }
-
-uint row_position(uint row) { return row / TILE_HEADS; }
-uint row_head(uint row) { return row % TILE_HEADS; }

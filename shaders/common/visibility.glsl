@@ -95,9 +95,9 @@ uint classify_mask(uvec2 positions, uvec2 keys, uint heads) {
   return every ? TILE_FULL : (some ? TILE_MIXED : TILE_HIDDEN);
 }
 
-// Whether positions and keys [x, y), for all of `heads` heads, see each other: all, some or none.
-// Both ranges exist and are not empty.
-uint classify(uvec2 positions, uvec2 keys, uint heads) {
+// Whether positions and keys [x, y) see each other: all, some or none, as far as lengths, causality
+// and the window tell. Both ranges exist and are not empty.
+uint classify_positions(uvec2 positions, uvec2 keys) {
   if (positions.x >= query_limit || keys.x >= key_limit) return TILE_HIDDEN;
   uint result = positions.y <= query_limit && keys.y <= key_limit ? TILE_FULL : TILE_MIXED;
   int nearest = int(keys.x) - int(positions.y - 1);
@@ -111,6 +111,12 @@ uint classify(uvec2 positions, uvec2 keys, uint heads) {
       result = min(result, classify_distance(nearest, farthest, PARAMS.window_right));
     }
   }
+  return result;
+}
+
+// The same with segments and the mask of `heads` heads.
+uint classify(uvec2 positions, uvec2 keys, uint heads) {
+  uint result = classify_positions(positions, keys);
   if (has(FEATURE_SEGMENTS) && result != TILE_HIDDEN) {
     result = min(result, classify_segments(positions, keys));
   }

@@ -1,0 +1,142 @@
+#version 460
+// Gradients of a tile of keys and values of one head: dk = sum slope dS q, dv = sum P dout over the
+// queries on its transposed work list, one chunk of query heads after the other. Rows of the tile
+// are keys, so that score tiles are transposed.
+#define SCORE_PLANES 2
+#include "common/score_gradient.glsl"
+#include "common/staging.glsl"
+
+shared float block_logsumexp[BLOCK_ROWS];
+shared float block_delta[BLOCK_ROWS];
+
+// The chunk of query heads at work; heads count from the first that shares the key/value head.
+uint chunk_head;
+
+uint block_position(uint block, uint row) {
+  uint granule = list_entry(OPERAND_KEY_LISTS, block + row / GRANULE_ROWS);
+  return granule == NO_GRANULE ? 0x7fffffffu : granule + row % GRANULE_ROWS / TILE_HEADS;
+}
+
+void stage_query_states(View logsumexp_view, View delta_view, uint block) {
+  for (uint row = gl_LocalInvocationID.x; row < BLOCK_ROWS; row += THREADS) {
+    uint position = block_position(block, row);
+    QueryState state = QueryState(0.0, 0.0);
+    if (position < PARAMS.queries) {
+      state = load_query_state(logsumexp_view, delta_view, position, row % TILE_HEADS);
+    }
+    block_logsumexp[row] = state.logsumexp;
+    block_delta[row] = state.delta;
+  }
+}
+
+void multiply_key_query(out float products[THREAD_SCORES], View tile_view, View block_view,
+                        uint first_key, uint block) {
+  [[unroll]] for (uint i = 0; i < THREAD_SCORES; ++i) products[i] = 0.0;
+  for (uint slice = 0; slice < SLICES; ++slice) {
+    barrier();
+    stage_key_tile(tile_view, first_key, slice);
+    stage_query_block(block_view, block, slice);
+    barrier();
+    multiply_rows(products, slice);
+  }
+}
+
+void multiply_query_block(inout vec4 sums[ACCUMULATORS], View view, uint block, uint plane,
+                          bool guard) {
+  [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
+    barrier();
+    stage_query_block(view, block, slice);
+    barrier();
+    multiply_scores(sums, plane, slice, guard);
+  }
+}
+
+// From the products of a key (plane 0) and dout . v (plane 1) to P and the gradient of the products.
+void update_row(uint row, uint key, uint block, bool mixed) {
+  for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
+    uint index = row * SCORE_STRIDE + quad;
+    vec4 weight = scores[index], gradient = scores[SCORE_PLANE + index];
+    [[unroll]] for (uint i = 0; i < 4; ++i) {
+      uint column = quad * 4 + i;
+      Score score = score_of(weight[i], block_position(block, column),
+                             chunk_head + column % TILE_HEADS, key, mixed);
+      weight[i] = probability(score.value, block_logsumexp[column]);
+      gradient[i] = score.slope * score_gradient(weight[i], gradient[i], block_delta[column]);
+    }
+    scores[index] = weight;
+    scores[SCORE_PLANE + index] = gradient;
+  }
+}
+
+void store_key_sums(View view, uint first_key, vec4 sums[ACCUMULATORS]) {
+  [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
+    uint start = key_row_start(view, first_key + thread_row(i));
+    if (start == ABSENT_ROW) continue;
+    [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
+      [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
+        store_columns(view.base, start, sum_column(slice, q), sums[sum_index(slice, q, i)]);
+      }
+    }
+  }
+}
+
+void main() {
+  uint tiles = divide_up(PARAMS.keys, TILE_ROWS);
+  uint entry = workgroup_index() / (tiles * PARAMS.kv_heads);
+  if (entry >= PARAMS.batch_count) return;
+  set_batch(entry);
+  start_staging();
+  uint kv_head = workgroup_index() / tiles % PARAMS.kv_heads;
+  uint tile = workgroup_index() % tiles;
+  uint group = PARAMS.query_heads / PARAMS.kv_heads;
+  uint first_key = tile * TILE_ROWS;
+  set_scores(kv_head * group);
+  View k = view_of(OPERAND_K, kv_head, LOG2_BYTES);
+  View v = view_of(OPERAND_V, kv_head, LOG2_BYTES);
+  uint list_tile = (batch_list() + kv_head * PARAMS.key_list_head_stride) * tiles + tile;
+  uvec4 list = list_header(OPERAND_KEY_LISTS, list_tile);
+  uint row = gl_LocalInvocationID.x;
+  bool owns_row = row < TILE_ROWS && first_key + row < PARAMS.keys;
+  vec4 key_sums[ACCUMULATORS], value_sums[ACCUMULATORS];
+  [[unroll]] for (uint i = 0; i < ACCUMULATORS; ++i) {
+    key_sums[i] = vec4(0);
+    value_sums[i] = vec4(0);
+  }
+
+  for (chunk_head = 0; chunk_head < group; chunk_head += TILE_HEADS) {
+    uint head = kv_head * group + chunk_head;
+    View q = view_of(OPERAND_Q, head, LOG2_BYTES);
+    View dout = view_of(OPERAND_DOUT, head, LOG2_BYTES);
+    View logsumexp_view = view_of(OPERAND_LSE, head, 2);
+    View delta_view = view_of(OPERAND_DELTA, head, 2);
+    for (uint i = 0; i < list.y + list.z; ++i) {
+      uint block = list.x + i * BLOCK_GRANULES;
+      bool mixed = i >= list.y;
+      bool guard = mixed || has(FEATURE_BIAS);
+      float products[THREAD_SCORES];
+      multiply_key_query(products, k, q, first_key, block);
+      put_products(products, 0);
+      if (has(FEATURE_DK)) {
+        if (has(FEATURE_DOUT)) {
+          multiply_key_query(products, v, dout, first_key, block);
+        } else {
+          [[unroll]] for (uint j = 0; j < THREAD_SCORES; ++j) products[j] = 0.0;
+        }
+        put_products(products, 1);
+      }
+      stage_query_states(logsumexp_view, delta_view, block);
+      barrier();
+      if (owns_row) update_row(row, first_key + row, block, mixed);
+      if (has(FEATURE_DV) && has(FEATURE_DOUT)) {
+        multiply_query_block(value_sums, dout, block, 0, guard);
+      }
+      if (has(FEATURE_DK)) multiply_query_block(key_sums, q, block, 1, guard);
+    }
+  }
+  if (has(FEATURE_DK)) {
+    store_key_sums(view_of(OPERAND_DK, kv_head, LOG2_BYTES), first_key, key_sums);
+  }
+  if (has(FEATURE_DV)) {
+    store_key_sums(view_of(OPERAND_DV, kv_head, LOG2_BYTES), first_key, value_sums);
+  }
+}
