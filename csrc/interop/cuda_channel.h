@@ -1,0 +1,38 @@
+// Orders Vulkan work against one CUDA stream, without a wait on the host.
+//
+// One timeline semaphore a stream, made by Vulkan and imported by CUDA. A turn is:
+//   stream: signal v + 1 -> queue: wait v + 1, run, signal v + 2 -> stream: wait v + 2.
+// A timeline is never shared between streams: their signals could then arrive out of order.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+
+#include "interop/cuda_driver.h"
+#include "vulkan/device.h"
+
+namespace jax_aat {
+
+class CudaChannel {
+ public:
+  CudaChannel(const Device& device, cuda::Stream stream);
+  ~CudaChannel();
+  CudaChannel(const CudaChannel&) = delete;
+  CudaChannel& operator=(const CudaChannel&) = delete;
+
+  // `submit` submits work that waits for `ready` and signals `done`. When it throws, the stream
+  // goes on as if the turn had not been.
+  void Turn(
+      const std::function<void(const TimelinePoint& ready, const TimelinePoint& done)>& submit);
+
+ private:
+  const Device& device_;
+  const cuda::Stream stream_;
+  VkSemaphore timeline_ = VK_NULL_HANDLE;
+  cuda::ExternalSemaphore imported_ = nullptr;
+  std::mutex mutex_;
+  std::uint64_t value_ = 0;
+};
+
+}  // namespace jax_aat

@@ -1,0 +1,41 @@
+// XLA's GPU memory as Vulkan memory: the allocation that a CUDA pointer lies in is imported once
+// and then addressed in place.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <optional>
+
+#include "interop/cuda_driver.h"
+#include "vulkan/device_memory.h"
+
+namespace jax_aat {
+
+class CudaMemory {
+ public:
+  explicit CudaMemory(const Device& device);
+
+  // The device address under which Vulkan sees `bytes` bytes at `pointer`; empty where the
+  // allocation cannot be imported and must be copied.
+  std::optional<VkDeviceAddress> Find(cuda::DevicePointer pointer, std::uint64_t bytes);
+
+  std::uint64_t imports();
+
+ private:
+  struct Mapping {
+    cuda::DevicePointer base = 0;
+    std::uint64_t bytes = 0;
+    std::uint64_t block = 0;  // unique in the process: tells a later allocation at the same address
+  };
+  static Mapping MappingOf(cuda::DevicePointer pointer);
+  std::optional<DeviceMemory> Import(const Mapping& mapping);
+
+  const Device& device_;
+  // An import keeps the allocation alive, so memory that XLA gives back buffer by buffer is copied.
+  const bool arena_;
+  std::mutex mutex_;
+  std::map<std::uint64_t, std::optional<DeviceMemory>> blocks_;  // by Mapping::block
+};
+
+}  // namespace jax_aat
