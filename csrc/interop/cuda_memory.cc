@@ -9,8 +9,10 @@
 
 namespace jax_aat {
 
-CudaMemory::CudaMemory(const Device& device)
-    : device_(device), arena_(Environment("XLA_PYTHON_CLIENT_ALLOCATOR") != "platform") {}
+CudaMemory::CudaMemory(const Device& device) : device_(device) {
+  const std::string allocator = Environment("XLA_PYTHON_CLIENT_ALLOCATOR");
+  arena_ = allocator != "platform" && allocator != "cuda_async";
+}
 
 CudaMemory::Mapping CudaMemory::MappingOf(cuda::DevicePointer pointer) {
   Mapping mapping;

@@ -32,8 +32,8 @@ class CudaMemory {
   std::optional<DeviceMemory> Import(const Mapping& mapping);
 
   const Device& device_;
-  // An import keeps the allocation alive, so memory that XLA gives back buffer by buffer is copied.
-  const bool arena_;
+  // An import keeps the allocation alive: memory that XLA gives back buffer by buffer is copied.
+  bool arena_;
   std::mutex mutex_;
   std::map<std::uint64_t, std::optional<DeviceMemory>> blocks_;  // by Mapping::block
 };
