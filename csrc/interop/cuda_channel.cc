@@ -45,7 +45,6 @@ CudaChannel::~CudaChannel() {
 void CudaChannel::Turn(
     const std::function<void(const TimelinePoint&, const TimelinePoint&)>& submit) {
   const cuda::Driver& driver = cuda::Driver::Get();
-  const std::lock_guard lock(mutex_);
   const cuda::ExternalSemaphoreParams ready = {.value = value_ + 1};
   driver.Check(driver.SignalSemaphores(&imported_, &ready, 1, stream_),
                "cuSignalExternalSemaphoresAsync");

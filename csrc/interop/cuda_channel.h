@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <mutex>
 
 #include "interop/cuda_driver.h"
 #include "vulkan/device.h"
@@ -22,16 +21,18 @@ class CudaChannel {
   CudaChannel& operator=(const CudaChannel&) = delete;
 
   // `submit` submits work that waits for `ready` and signals `done`. When it throws, the stream
-  // goes on as if the turn had not been.
+  // goes on as if the turn had not been. One turn at a time: the caller holds the stream's lock.
   void Turn(
       const std::function<void(const TimelinePoint& ready, const TimelinePoint& done)>& submit);
+
+  // Until the work of all turns is done.
+  void WaitOnHost() const { device_.Wait({timeline_, value_}); }
 
  private:
   const Device& device_;
   const cuda::Stream stream_;
   VkSemaphore timeline_ = VK_NULL_HANDLE;
   cuda::ExternalSemaphore imported_ = nullptr;
-  std::mutex mutex_;
   std::uint64_t value_ = 0;
 };
 

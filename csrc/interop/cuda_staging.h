@@ -1,0 +1,30 @@
+// Where XLA's memory cannot be imported: a buffer that Vulkan makes and CUDA maps, into which
+// operands are copied on the device.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "interop/cuda_driver.h"
+#include "vulkan/device_memory.h"
+
+namespace jax_aat {
+
+class CudaStaging {
+ public:
+  CudaStaging(const Device& device, std::uint64_t bytes);
+  ~CudaStaging();
+  CudaStaging(const CudaStaging&) = delete;
+  CudaStaging& operator=(const CudaStaging&) = delete;
+
+  std::uint64_t bytes() const { return memory_.bytes(); }
+  VkDeviceAddress address() const { return memory_.address(); }
+  cuda::DevicePointer pointer() const { return pointer_; }
+
+ private:
+  DeviceMemory memory_;
+  cuda::ExternalMemory imported_ = nullptr;
+  cuda::DevicePointer pointer_ = 0;
+};
+
+}  // namespace jax_aat
