@@ -6,10 +6,19 @@
 #include <stdexcept>
 
 #include "ffi/call.h"
+#include "interop/cuda.h"
 #include "interop/host.h"
 #include "vulkan/logging.h"
 #include "vulkan/status.h"
 #include "xla/ffi/api/ffi.h"
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_aat::CallAttributes,
+                                      StructMember<std::uint32_t>("operands"),
+                                      StructMember<std::uint32_t>("results"),
+                                      StructMember<float>("scale"), StructMember<float>("soft_cap"),
+                                      StructMember<std::int32_t>("causal"),
+                                      StructMember<std::int32_t>("window_left"),
+                                      StructMember<std::int32_t>("window_right"));
 
 namespace jax_aat {
 namespace {
@@ -52,38 +61,48 @@ ffi::Error Guarded(const Body& body) {
 }
 
 template <Pass pass>
-ffi::Error OnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, std::uint32_t operands,
-                  std::uint32_t results, float scale, float soft_cap, std::int32_t causal,
-                  std::int32_t window_left, std::int32_t window_right) {
+ffi::Error OnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, CallAttributes attributes) {
   return Guarded([&] {
-    const CallAttributes attributes = {operands, results,     scale,       soft_cap,
-                                       causal,   window_left, window_right};
     const AttentionCall call = MakeCall(pass, attributes, args, rets);
     RunOnHost(call.problem, call.buffers);
   });
 }
 
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attr<std::uint32_t>("operands")
-      .Attr<std::uint32_t>("results")
-      .Attr<float>("scale")
-      .Attr<float>("soft_cap")
-      .Attr<std::int32_t>("causal")
-      .Attr<std::int32_t>("window_left")
-      .Attr<std::int32_t>("window_right");
+template <Pass pass>
+ffi::Error OnCuda(cuda::Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  CallAttributes attributes) {
+  return Guarded([&] {
+    const AttentionCall call = MakeCall(pass, attributes, args, rets);
+    RunOnCuda(call.problem, call.buffers, stream);
+  });
 }
 
-XLA_FFI_DEFINE_HANDLER(kForwardOnHost, OnHost<Pass::kForward>, Binding());
-XLA_FFI_DEFINE_HANDLER(kTangentOnHost, OnHost<Pass::kTangent>, Binding());
-XLA_FFI_DEFINE_HANDLER(kBackwardOnHost, OnHost<Pass::kBackward>, Binding());
+auto HostBinding() {
+  return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs<CallAttributes>();
+}
+
+auto CudaBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cuda::Stream>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attrs<CallAttributes>();
+}
+
+XLA_FFI_DEFINE_HANDLER(kForwardOnHost, OnHost<Pass::kForward>, HostBinding());
+XLA_FFI_DEFINE_HANDLER(kTangentOnHost, OnHost<Pass::kTangent>, HostBinding());
+XLA_FFI_DEFINE_HANDLER(kBackwardOnHost, OnHost<Pass::kBackward>, HostBinding());
+XLA_FFI_DEFINE_HANDLER(kForwardOnCuda, OnCuda<Pass::kForward>, CudaBinding());
+XLA_FFI_DEFINE_HANDLER(kTangentOnCuda, OnCuda<Pass::kTangent>, CudaBinding());
+XLA_FFI_DEFINE_HANDLER(kBackwardOnCuda, OnCuda<Pass::kBackward>, CudaBinding());
 
 }  // namespace
 
 XLA_FFI_Error* ForwardOnHost(XLA_FFI_CallFrame* frame) { return kForwardOnHost(frame); }
 XLA_FFI_Error* TangentOnHost(XLA_FFI_CallFrame* frame) { return kTangentOnHost(frame); }
 XLA_FFI_Error* BackwardOnHost(XLA_FFI_CallFrame* frame) { return kBackwardOnHost(frame); }
+XLA_FFI_Error* ForwardOnCuda(XLA_FFI_CallFrame* frame) { return kForwardOnCuda(frame); }
+XLA_FFI_Error* TangentOnCuda(XLA_FFI_CallFrame* frame) { return kTangentOnCuda(frame); }
+XLA_FFI_Error* BackwardOnCuda(XLA_FFI_CallFrame* frame) { return kBackwardOnCuda(frame); }
 
 }  // namespace jax_aat

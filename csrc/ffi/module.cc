@@ -27,19 +27,19 @@ namespace {
 using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
 
 nb::dict Registrations(const std::string& platform) {
-  if (platform != "cpu") {
-    throw nb::value_error(
-        Concat("there are no custom calls for the platform '", platform, "', only for 'cpu'")
-            .c_str());
-  }
-  const auto capsule = [](XLA_FFI_Handler* handler) {
-    return nb::capsule(reinterpret_cast<void*>(handler));
+  const auto targets = [](XLA_FFI_Handler* forward, XLA_FFI_Handler* tangent,
+                          XLA_FFI_Handler* backward) {
+    nb::dict dict;
+    dict["jax_aat_forward"] = nb::capsule(reinterpret_cast<void*>(forward));
+    dict["jax_aat_tangent"] = nb::capsule(reinterpret_cast<void*>(tangent));
+    dict["jax_aat_backward"] = nb::capsule(reinterpret_cast<void*>(backward));
+    return dict;
   };
-  nb::dict targets;
-  targets["jax_aat_forward"] = capsule(ForwardOnHost);
-  targets["jax_aat_tangent"] = capsule(TangentOnHost);
-  targets["jax_aat_backward"] = capsule(BackwardOnHost);
-  return targets;
+  if (platform == "cpu") return targets(ForwardOnHost, TangentOnHost, BackwardOnHost);
+  if (platform == "cuda") return targets(ForwardOnCuda, TangentOnCuda, BackwardOnCuda);
+  throw nb::value_error(
+      Concat("there are no custom calls for the platform '", platform, "', only cpu and cuda")
+          .c_str());
 }
 
 nb::dict TraitsDict(const DeviceTraits& traits) {

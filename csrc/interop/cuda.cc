@@ -159,13 +159,21 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers,
 
   const std::lock_guard lock(state.mutex);
   const CudaOperands operands(context->device(), bridge.memory, state, buffers, stream);
+  const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
   operands.CopyIn();
   state.channel.Turn([&](const TimelinePoint& ready, const TimelinePoint& done) {
-    context->Run(plan, operands.addresses(), {.waits = {&ready, 1}, .signals = {&done, 1}});
+    context->Run(plan, operands.addresses(),
+                 {.waits = {&ready, 1}, .signals = {&done, 1}, .timestamps = timestamps.get()});
   });
   operands.CopyOut();
-  RecordDispatch(problem, plan, "cuda", context->device(), operands.imported_bytes(),
-                 operands.staged_bytes());
+  RecordDispatch(problem.pass, plan,
+                 {
+                     .platform = "cuda",
+                     .device = context->device().physical().name,
+                     .imported_bytes = operands.imported_bytes(),
+                     .staged_bytes = operands.staged_bytes(),
+                     .timestamps = timestamps,
+                 });
 }
 
 }  // namespace jax_aat

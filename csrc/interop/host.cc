@@ -164,18 +164,14 @@ void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
                                           });
   context->device().Wait(done);
   operands.CopyResults();
-
-  DispatchRecord record = {
-      .pass = problem.pass,
-      .path = plan.path,
-      .platform = "cpu",
-      .device = context->device().physical().name,
-      .imported_bytes = operands.imported_bytes(),
-      .staged_bytes = operands.staged_bytes(),
-      .timestamps = timestamps,
-  };
-  for (const Dispatch& dispatch : plan.dispatches) record.shaders.push_back(dispatch.shader);
-  RecordDispatch(std::move(record));
+  RecordDispatch(problem.pass, plan,
+                 {
+                     .platform = "cpu",
+                     .device = context->device().physical().name,
+                     .imported_bytes = operands.imported_bytes(),
+                     .staged_bytes = operands.staged_bytes(),
+                     .timestamps = timestamps,
+                 });
 }
 
 }  // namespace jax_aat

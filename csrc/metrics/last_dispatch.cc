@@ -20,7 +20,12 @@ std::optional<DispatchRecord> Exchange(std::optional<DispatchRecord> record) {
 
 }  // namespace
 
-void RecordDispatch(DispatchRecord record) { Exchange(std::move(record)); }
+void RecordDispatch(Pass pass, const DispatchPlan& plan, DispatchRecord record) {
+  record.pass = pass;
+  record.path = plan.path;
+  for (const Dispatch& dispatch : plan.dispatches) record.shaders.push_back(dispatch.shader);
+  Exchange(std::move(record));
+}
 
 void ForgetLastDispatch() { Exchange(std::nullopt); }
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/problem.h"
+#include "attention/dispatch_plan.h"
 #include "metrics/timestamps.h"
 
 namespace jax_aat {
@@ -24,8 +24,9 @@ struct DispatchRecord {
   std::shared_ptr<const Timestamps> timestamps;  // null: not timed
 };
 
-// Sets the sequence number and keeps the record as the latest.
-void RecordDispatch(DispatchRecord record);
+// Completes the record by what the plan tells and by the sequence number, and keeps it as the
+// latest.
+void RecordDispatch(Pass pass, const DispatchPlan& plan, DispatchRecord record);
 std::optional<DispatchRecord> LastDispatch();
 // Lets go of what the record holds; sequence numbers go on.
 void ForgetLastDispatch();

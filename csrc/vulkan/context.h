@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -53,6 +54,14 @@ class Context {
   TimelinePoint Run(const DispatchPlan& plan, const OperandAddresses& addresses,
                     const Surroundings& around);
 
+  // What the interop layer keeps for the context's life: one object, made when first asked for and
+  // destroyed before the device.
+  template <typename T>
+  T& Companion() {
+    std::call_once(companion_made_, [this] { companion_ = std::make_shared<T>(*this); });
+    return *static_cast<T*>(companion_.get());
+  }
+
  private:
   Queue& LeastLoadedQueue();
   void Record(VkCommandBuffer commands, const DispatchPlan& plan,
@@ -64,6 +73,8 @@ class Context {
   Pipelines pipelines_;
   std::vector<std::unique_ptr<Queue>> queues_;
   std::atomic<std::uint32_t> next_queue_ = 0;
+  std::once_flag companion_made_;
+  std::shared_ptr<void> companion_;
 };
 
 }  // namespace jax_aat

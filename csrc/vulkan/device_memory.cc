@@ -9,6 +9,8 @@ constexpr VkBufferUsageFlags kUsage =
     VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_SHADER_DEVICE_ADDRESS_BIT |
     VK_BUFFER_USAGE_TRANSFER_SRC_BIT | VK_BUFFER_USAGE_TRANSFER_DST_BIT;
 
+constexpr auto kFdHandle = VK_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD_BIT;
+
 constexpr VkMemoryAllocateFlagsInfo kDeviceAddress = {
     .sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_FLAGS_INFO,
     .flags = VK_MEMORY_ALLOCATE_DEVICE_ADDRESS_BIT,
@@ -86,6 +88,70 @@ std::optional<DeviceMemory> DeviceMemory::ImportHost(const Device& device, void*
   }
   memory.Bind();
   return memory;
+}
+
+std::optional<DeviceMemory> DeviceMemory::ImportFd(const Device& device, int fd,
+                                                   std::uint64_t bytes) {
+  DeviceMemory memory(device, bytes, VkExternalMemoryHandleTypeFlags{kFdHandle});
+  if (memory.Requirements().size > bytes) return std::nullopt;
+  const VkImportMemoryFdInfoKHR import = {
+      .sType = VK_STRUCTURE_TYPE_IMPORT_MEMORY_FD_INFO_KHR,
+      .pNext = &kDeviceAddress,
+      .handleType = kFdHandle,
+      .fd = fd,
+  };
+  const VkMemoryAllocateInfo info = {
+      .sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO,
+      .pNext = &import,
+      .allocationSize = bytes,
+      .memoryTypeIndex = memory.DeviceLocalType(),
+  };
+  if (device.vk().AllocateMemory(device.handle(), &info, nullptr, memory.memory_.out()) !=
+      VK_SUCCESS) {
+    return std::nullopt;
+  }
+  memory.Bind();
+  return memory;
+}
+
+DeviceMemory DeviceMemory::Exportable(const Device& device, std::uint64_t bytes) {
+  DeviceMemory memory(device, bytes, VkExternalMemoryHandleTypeFlags{kFdHandle});
+  const VkExportMemoryAllocateInfo exported = {
+      .sType = VK_STRUCTURE_TYPE_EXPORT_MEMORY_ALLOCATE_INFO,
+      .pNext = &kDeviceAddress,
+      .handleTypes = kFdHandle,
+  };
+  const VkMemoryAllocateInfo info = {
+      .sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO,
+      .pNext = &exported,
+      .allocationSize = memory.Requirements().size,
+      .memoryTypeIndex = memory.DeviceLocalType(),
+  };
+  device.Check(device.vk().AllocateMemory(device.handle(), &info, nullptr, memory.memory_.out()),
+               "vkAllocateMemory");
+  memory.Bind();
+  return memory;
+}
+
+int DeviceMemory::ExportFd() const {
+  const VkMemoryGetFdInfoKHR info = {
+      .sType = VK_STRUCTURE_TYPE_MEMORY_GET_FD_INFO_KHR,
+      .memory = memory_.get(),
+      .handleType = kFdHandle,
+  };
+  int fd = -1;
+  device_->Check(device_->vk().GetMemoryFdKHR(device_->handle(), &info, &fd), "vkGetMemoryFdKHR");
+  return fd;
+}
+
+std::uint32_t DeviceMemory::DeviceLocalType() const {
+  const std::uint32_t allowed = Requirements().memoryTypeBits;
+  const VkPhysicalDeviceMemoryProperties& memory = device_->physical().memory;
+  for (std::uint32_t type = 0; type < memory.memoryTypeCount; ++type) {
+    const bool local = memory.memoryTypes[type].propertyFlags & VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT;
+    if (local && (allowed >> type & 1)) return type;
+  }
+  throw Error(ErrorKind::kUnavailable, "The device has no memory of its own to share.");
 }
 
 std::uint32_t DeviceMemory::BufferMemoryTypes(const Device& device) {

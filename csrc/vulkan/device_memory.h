@@ -1,5 +1,5 @@
-// One VkDeviceMemory under one VkBuffer with a device address: fresh memory, or imported host
-// pages.
+// One VkDeviceMemory under one VkBuffer with a device address: fresh memory, imported host pages,
+// or memory that is shared with another API through a file descriptor.
 #pragma once
 
 #include <cstddef>
@@ -18,11 +18,20 @@ class DeviceMemory {
   // the device's host_import_alignment.
   static std::optional<DeviceMemory> ImportHost(const Device& device, void* pages,
                                                 std::uint64_t bytes);
+  // Imports device-local memory that another API exported, and takes `fd` over; empty, and `fd` is
+  // still the caller's, where the driver refuses it.
+  static std::optional<DeviceMemory> ImportFd(const Device& device, int fd, std::uint64_t bytes);
+  // Fresh device-local memory that ExportFd shares.
+  static DeviceMemory Exportable(const Device& device, std::uint64_t bytes);
+  // A new file descriptor of Exportable memory, which its importer owns.
+  int ExportFd() const;
 
   VkBuffer buffer() const { return buffer_.get(); }
   VkDeviceAddress address() const { return address_; }
   std::byte* mapped() const { return mapped_; }
   std::uint64_t bytes() const { return bytes_; }
+  // As the driver rounded it up.
+  std::uint64_t allocated_bytes() const { return Requirements().size; }
 
   // The memory types that a buffer of ours may lie in, one bit each.
   static std::uint32_t BufferMemoryTypes(const Device& device);
@@ -31,6 +40,7 @@ class DeviceMemory {
   // An unbound buffer.
   DeviceMemory(const Device& device, std::uint64_t bytes, VkExternalMemoryHandleTypeFlags handles);
   VkMemoryRequirements Requirements() const;
+  std::uint32_t DeviceLocalType() const;
   void Bind();
 
   const Device* device_;

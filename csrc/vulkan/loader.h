@@ -39,6 +39,8 @@ namespace jax_aat {
   X(GetBufferMemoryRequirements)       \
   X(GetBufferDeviceAddress)            \
   X(GetMemoryHostPointerPropertiesEXT) \
+  X(GetMemoryFdKHR)                    \
+  X(GetSemaphoreFdKHR)                 \
   X(CreateSemaphore)                   \
   X(DestroySemaphore)                  \
   X(GetSemaphoreCounterValue)          \
