@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -199,6 +200,14 @@ void MarkDeviceLost() {
 NB_MODULE(_native, m) {
   using namespace jax_aat;
   m.doc() = "Vulkan runtime of jax_aat";
+  nb::register_exception_translator([](const std::exception_ptr& exception, void*) {
+    try {
+      std::rethrow_exception(exception);
+    } catch (const Error& error) {
+      const bool invalid = error.kind() == ErrorKind::kInvalidArgument;
+      PyErr_SetString(invalid ? PyExc_ValueError : PyExc_RuntimeError, error.what());
+    }
+  });
   m.def("registrations", Registrations, nb::arg("platform"));
   m.def("devices", Devices);
   m.def("problem", Problem, ReleaseGil());

@@ -16,6 +16,10 @@ constexpr VkMemoryPropertyFlags kMapped =
     VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT | VK_MEMORY_PROPERTY_HOST_COHERENT_BIT;
 constexpr VkMemoryPropertyFlags kCached = VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
 
+// A chunk that serves many blocks takes no more than this part of the bound, so that every pool
+// finds room.
+constexpr std::uint64_t kSharesOfLimit = 16;
+
 // The first memory type that has all flags of the first choice that any type has. Vulkan orders
 // types with fewer flags first, and has a coherent mapped type always.
 std::uint32_t MemoryType(const Device& device,
@@ -154,7 +158,8 @@ std::optional<MemoryPool::Range> MemoryManager::TryAllocate(MemoryPool& pool, st
     return std::nullopt;
   }
   try {
-    pool.Grow(bytes, std::min(limit_ - reserved, device_.physical().max_allocation_bytes));
+    pool.Grow(bytes, std::min({limit_ - reserved, limit_ / kSharesOfLimit,
+                               device_.physical().max_allocation_bytes}));
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::kOutOfMemory) throw;
     return std::nullopt;

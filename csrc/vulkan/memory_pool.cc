@@ -29,10 +29,10 @@ std::optional<MemoryPool::Range> MemoryPool::Allocate(std::uint64_t bytes) {
   return std::nullopt;
 }
 
-void MemoryPool::Grow(std::uint64_t bytes, std::uint64_t room) {
+void MemoryPool::Grow(std::uint64_t bytes, std::uint64_t most) {
   // Doubling keeps the number of allocations logarithmic in the memory that is used.
   const std::uint64_t wanted = std::clamp(std::bit_ceil(reserved_bytes_), kMinChunk, kMaxChunk);
-  const std::uint64_t size = std::max(bytes, std::min(wanted, room));
+  const std::uint64_t size = std::max(bytes, std::min(wanted, most));
   chunks_.push_back(
       std::make_unique<Chunk>(DeviceMemory(device_, memory_type_, size), RangeAllocator(size)));
   reserved_bytes_ += size;

@@ -31,8 +31,8 @@ class MemoryPool {
 
   // A range of a chunk that is here already. `bytes` is a size class.
   std::optional<Range> Allocate(std::uint64_t bytes);
-  // Adds a chunk for a block of `bytes`, larger where `room` (bytes below the bound) allows it.
-  void Grow(std::uint64_t bytes, std::uint64_t room);
+  // Adds a chunk for a block of `bytes`, larger than that up to `most` in expectation of others.
+  void Grow(std::uint64_t bytes, std::uint64_t most);
 
   void Free(const Range& range);
   void FreeAt(const Range& range, const TimelinePoint& point);

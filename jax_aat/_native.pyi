@@ -1,0 +1,106 @@
+"""Vulkan runtime of jax_aat, written in C++ (`csrc/ffi/module.cc`).
+
+Functions raise RuntimeError, in words, where Vulkan cannot be used or the device fails, and
+ValueError where an argument or an environment variable cannot be right.
+"""
+
+from typing import TypedDict
+
+class Traits(TypedDict):
+    """What decides which kernels run on a device."""
+
+    subgroup_size: int
+    min_subgroup_size: int
+    max_subgroup_size: int
+    max_shared_memory: int
+    max_workgroup_invocations: int
+    max_workgroup_count: int
+    storage_16bit: bool
+    coopmat_float16: bool
+    coopmat_bfloat16: bool
+    coopmat_layout_known: bool
+
+class Device(TypedDict):
+    """A Vulkan device; `missing` names what the runtime requires and the device lacks."""
+
+    index: int
+    name: str
+    kind: str
+    vendor_id: int
+    uuid: str
+    driver_name: str
+    driver_info: str
+    api_version: str
+    features: dict[str, bool]
+    traits: Traits
+    missing: list[str]
+
+# What a call ran; "kernel_milliseconds" is None where it was not timed.
+Dispatch = TypedDict(
+    "Dispatch",
+    {
+        "sequence": int,
+        "pass": str,
+        "path": str,
+        "platform": str,
+        "device": str,
+        "shaders": list[str],
+        "imported_bytes": int,
+        "staged_bytes": int,
+        "kernel_milliseconds": list[float] | None,
+    },
+)
+
+class PoolStatistics(TypedDict):
+    """Memory of one pool, or of all of them."""
+
+    reserved_bytes: int
+    in_use_bytes: int
+    blocks: int
+    allocations: int
+
+class MemoryStatistics(PoolStatistics):
+    """Memory of all pools, and of host memory that calls used in place."""
+
+    peak_reserved_bytes: int
+    peak_in_use_bytes: int
+    limit_bytes: int
+    imports: int
+    live_imports: int
+    pools: dict[str, PoolStatistics]
+
+def registrations(platform: str) -> dict[str, object]:
+    """The custom calls of a JAX platform, capsules by target name."""
+
+def devices() -> list[Device]:
+    """Every Vulkan device; none where `problem` says that Vulkan is not installed."""
+
+def problem() -> str:
+    """Why no device can be used and what to do about it; empty where one can."""
+
+def default_device() -> int | None:
+    """Index of the device that calls use; None where `problem` says why."""
+
+def set_default_device(index: int) -> None:
+    """Makes later calls use another device."""
+
+def last_dispatch() -> Dispatch | None:
+    """What the latest call of the process ran; waits for its kernels if they are timed."""
+
+def set_timing(enabled: bool) -> None:
+    """Times the kernels of later calls, or no longer."""
+
+def memory_stats() -> MemoryStatistics:
+    """Memory that the default device's context holds; zeros before the first call."""
+
+def trim_memory() -> int:
+    """Gives idle memory of the default device back; returns the number of bytes."""
+
+def validation_messages() -> list[str]:
+    """What the validation layers said so far (`JAX_AAT_VALIDATION=1`)."""
+
+def cache_path() -> str:
+    """The file of compiled pipelines of the default device."""
+
+def mark_device_lost() -> None:
+    """Latches the default device as lost, as a driver's reset would. For tests."""
