@@ -1,5 +1,21 @@
 """Adaptive tiled attention for JAX, computed by Vulkan."""
 
 from jax_aat.attention import tiled_attention
+from jax_aat.vulkan import (
+    Dispatch,
+    default_device,
+    devices,
+    last_dispatch,
+    set_default_device,
+    set_timing,
+)
 
-__all__ = ["tiled_attention"]
+__all__ = [
+    "Dispatch",
+    "default_device",
+    "devices",
+    "last_dispatch",
+    "set_default_device",
+    "set_timing",
+    "tiled_attention",
+]

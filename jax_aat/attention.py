@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_aat import arguments, devices
+from jax_aat import arguments, vulkan
 from jax_aat._compat import in_auto_mesh
 from jax_aat.primitives import forward
 from jax_aat.problem import Operands, Options, Slot
@@ -136,7 +136,7 @@ def tiled_attention(
         logits_soft_cap=logits_soft_cap,
     )
     q = checked.operands[Slot.Q]
-    chosen = devices.choose_implementation(implementation, q.dtype, q.shape[-1])
+    chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
     out, lse = _attend(checked.operands, checked.options, chosen)
     lowest = jnp.finfo(q.dtype).min
     residual = jnp.maximum(lse, lowest).astype(q.dtype)
