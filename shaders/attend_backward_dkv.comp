@@ -41,14 +41,21 @@ void multiply_key_query(out float products[THREAD_SCORES], View tile_view, View 
   }
 }
 
+void multiply_query_slice(inout vec4 sums[ACCUMULATORS], View view, uint block, uint plane,
+                          bool guard, uint slice) {
+  barrier();
+  stage_query_block(view, block, slice);
+  barrier();
+  multiply_scores(sums, plane, slice, guard);
+}
+
+// As multiply_key_block of common/query_kernel.glsl.
 void multiply_query_block(inout vec4 sums[ACCUMULATORS], View view, uint block, uint plane,
                           bool guard) {
-  [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
-    barrier();
-    stage_query_block(view, block, slice);
-    barrier();
-    multiply_scores(sums, plane, slice, guard);
-  }
+  multiply_query_slice(sums, view, block, plane, guard, 0);
+  if (SLICES > 1) multiply_query_slice(sums, view, block, plane, guard, 1);
+  if (SLICES > 2) multiply_query_slice(sums, view, block, plane, guard, 2);
+  if (SLICES > 3) multiply_query_slice(sums, view, block, plane, guard, 3);
 }
 
 // From the products of a key (plane 0) and dout . v (plane 1) to P and the gradient of the products.

@@ -280,7 +280,7 @@ class Planner {
     // In the order of Constant.
     dispatch.specialization = {
         shape.threads,
-        shape.required_subgroup_size != 0 ? shape.required_subgroup_size : traits_.subgroup_size,
+        KnownSubgroupSize(shape),
         problem_.features & features,
         params_.head_dim,
         shape.tile_rows,
@@ -301,6 +301,12 @@ class Planner {
     }
     dispatch.groups = {static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(y), 1};
     return dispatch;
+  }
+
+  // 0 where the driver may choose among several.
+  std::uint32_t KnownSubgroupSize(const KernelShape& shape) const {
+    if (shape.required_subgroup_size != 0) return shape.required_subgroup_size;
+    return traits_.min_subgroup_size == traits_.max_subgroup_size ? traits_.subgroup_size : 0;
   }
 
   std::string ModuleName(const KernelShape& shape) const {

@@ -7,7 +7,7 @@ namespace jax_aat {
 namespace {
 
 constexpr std::uint32_t kColumnThreads = 8;  // COLUMN_THREADS of products.glsl
-constexpr std::uint32_t kQuadColumns = 32;   // head_dim columns of one quad a column thread
+constexpr std::uint32_t kMaxSlices = 4;      // as written out in shaders/common/query_kernel.glsl
 constexpr std::uint32_t kThreadSums = 64;    // float32 sums a thread keeps without spilling
 
 struct KernelTraits {
@@ -68,16 +68,17 @@ std::optional<KernelShape> ChoosePortableKernel(Kernel kernel, const AttentionPr
   } else if (kernel != Kernel::kBackwardDbias) {
     rows_there_are *= TileHeads(params);
   }
-  for (const std::uint32_t tile_rows : {64u, 32u, 16u}) {
-    if (tile_rows > 16 && rows_there_are <= tile_rows / 2) continue;
-    for (const std::uint32_t block_rows : {32u, 16u}) {
-      for (const std::uint32_t slice_columns : {64u, 32u}) {
-        if (slice_columns > kQuadColumns && params.head_dim <= slice_columns / 2) continue;
-        const std::uint32_t head_columns =
-            (params.head_dim + slice_columns - 1) / slice_columns * slice_columns;
+  // Fewer slices first: a tile that fits into one is loaded once.
+  for (const std::uint32_t slice_columns : {128u, 64u, 32u}) {
+    const std::uint32_t slices = (params.head_dim + slice_columns - 1) / slice_columns;
+    if (slices > kMaxSlices) break;
+    if (slice_columns > 32 && params.head_dim <= slice_columns / 2) continue;
+    for (const std::uint32_t tile_rows : {64u, 32u, 16u}) {
+      if (tile_rows > 16 && rows_there_are <= tile_rows / 2) continue;
+      for (const std::uint32_t block_rows : {32u, 16u}) {
         KernelShape shape = {kernel_traits.shader, 0, tile_rows, block_rows};
         shape.slice_columns = slice_columns;
-        shape.thread_rows = RowsAThread(tile_rows, kernel_traits.sums * head_columns,
+        shape.thread_rows = RowsAThread(tile_rows, kernel_traits.sums * slices * slice_columns,
                                         traits.max_workgroup_invocations);
         shape.threads = tile_rows / shape.thread_rows * kColumnThreads;
         if (SharedBytes(shape, kernel_traits) <= traits.max_shared_memory &&

@@ -6,10 +6,18 @@
 // SLICE_COLUMNS columns; a padding quad a row keeps the rows of neighbouring threads in different
 // banks.
 //
+// Where a subgroup is just the 8 threads of a row, each loads the values of one row and the others
+// get them by shuffles. On a processor, where each lane of a load is a load of its own (lavapipe),
+// this made the forward kernel 1.4 times as fast; wider subgroups broadcast loads by themselves.
+//
 // The includer defines SCORE_PLANES, the number of score tiles it keeps in shared memory.
 #include "common/store.glsl"
 
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+
 const uint COLUMN_THREADS = 8;
+const bool SHUFFLES = SUBGROUP_SIZE == COLUMN_THREADS;
 const uint ROW_THREADS = TILE_ROWS / THREAD_ROWS;
 const uint SLICES = (HEAD_DIM + SLICE_COLUMNS - 1) / SLICE_COLUMNS;
 const uint SLICE_QUADS = SLICE_COLUMNS / 4;
@@ -29,8 +37,12 @@ shared vec4 scores[SCORE_PLANES * SCORE_PLANE];
 shared uint not_finite_staging;
 uint staging = 0;
 
-uint thread_row(uint i) { return gl_LocalInvocationID.x / COLUMN_THREADS + i * ROW_THREADS; }
-uint thread_column() { return gl_LocalInvocationID.x % COLUMN_THREADS; }
+uint thread_row(uint i) {
+  return (SHUFFLES ? gl_SubgroupID : gl_LocalInvocationID.x / COLUMN_THREADS) + i * ROW_THREADS;
+}
+uint thread_column() {
+  return SHUFFLES ? gl_SubgroupInvocationID : gl_LocalInvocationID.x % COLUMN_THREADS;
+}
 
 // Where a thread keeps its quad `q` of a slice for its row `i`.
 uint sum_index(uint slice, uint q, uint i) { return (slice * THREAD_QUADS + q) * THREAD_ROWS + i; }
@@ -45,8 +57,10 @@ void multiply_rows(inout float products[THREAD_SCORES], uint slice) {
   uint quads = min(SLICE_QUADS, (HEAD_DIM + 3) / 4 - slice * SLICE_QUADS);
   for (uint quad = 0; quad < quads; ++quad) {
     vec4 a[THREAD_ROWS];
+    vec4 own = vec4(0);
+    if (SHUFFLES) own = tile_slice[thread_row(thread_column() % THREAD_ROWS) * SLICE_STRIDE + quad];
     [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-      a[i] = tile_slice[thread_row(i) * SLICE_STRIDE + quad];
+      a[i] = SHUFFLES ? subgroupShuffle(own, i) : tile_slice[thread_row(i) * SLICE_STRIDE + quad];
     }
     [[unroll]] for (uint j = 0; j < THREAD_COLUMNS; ++j) {
       vec4 b = block_slice[(thread_column() + j * COLUMN_THREADS) * SLICE_STRIDE + quad];
@@ -74,31 +88,34 @@ void put_products(float products[THREAD_SCORES], uint plane) {
 // sums += the score tile of `plane` x block_slice, the columns of `slice`. With `guard`, a weight of
 // zero hides its row of block_slice even where that row is NaN or infinite.
 void multiply_scores(inout vec4 sums[ACCUMULATORS], uint plane, uint slice, bool guard) {
-  uint weights = plane * SCORE_PLANE + thread_row(0) * SCORE_STRIDE;
+  uint weights = plane * SCORE_PLANE;
   if (guard && not_finite_staging == staging) {
     for (uint j = 0; j < BLOCK_ROWS; ++j) {
       [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
         vec4 value = block_slice[j * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
         [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-          float weight = scores[weights + i * ROW_THREADS * SCORE_STRIDE + j / 4][j % 4];
+          float weight = scores[weights + thread_row(i) * SCORE_STRIDE + j / 4][j % 4];
           uint index = sum_index(slice, q, i);
           if (weight != 0.0) sums[index] = fma(vec4(weight), value, sums[index]);
         }
       }
     }
-    return;
-  }
-  for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
-    vec4 weight[THREAD_ROWS];
-    [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-      weight[i] = scores[weights + i * ROW_THREADS * SCORE_STRIDE + quad];
-    }
-    [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
-      [[unroll]] for (uint j = 0; j < 4; ++j) {
-        vec4 value = block_slice[(quad * 4 + j) * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
-        [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-          uint index = sum_index(slice, q, i);
-          sums[index] = fma(vec4(weight[i][j]), value, sums[index]);
+  } else {
+    for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
+      vec4 weight[THREAD_ROWS];
+      vec4 own = vec4(0);
+      if (SHUFFLES) own = scores[weights + thread_row(thread_column() % THREAD_ROWS) * SCORE_STRIDE + quad];
+      [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
+        weight[i] = SHUFFLES ? subgroupShuffle(own, i)
+                             : scores[weights + thread_row(i) * SCORE_STRIDE + quad];
+      }
+      [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
+        [[unroll]] for (uint j = 0; j < 4; ++j) {
+          vec4 value = block_slice[(quad * 4 + j) * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
+          [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
+            uint index = sum_index(slice, q, i);
+            sums[index] = fma(vec4(weight[i][j]), value, sums[index]);
+          }
         }
       }
     }

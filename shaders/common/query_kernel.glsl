@@ -20,15 +20,22 @@ void multiply_query_key(inout float products[THREAD_SCORES], View tile_view, Vie
   }
 }
 
-// sums += the score tile of `plane` x rows of the block.
+void multiply_key_slice(inout vec4 sums[ACCUMULATORS], View view, uint block, uint plane,
+                        bool guard, uint slice) {
+  barrier();
+  stage_key_block(view, block, slice);
+  barrier();
+  multiply_scores(sums, plane, slice, guard);
+}
+
+// sums += the score tile of `plane` x rows of the block. Slices are written out: compilers that do
+// not unroll a loop around loops would put the sums in memory, three times slower. There are at most four.
 void multiply_key_block(inout vec4 sums[ACCUMULATORS], View view, uint block, uint plane,
                         bool guard) {
-  [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
-    barrier();
-    stage_key_block(view, block, slice);
-    barrier();
-    multiply_scores(sums, plane, slice, guard);
-  }
+  multiply_key_slice(sums, view, block, plane, guard, 0);
+  if (SLICES > 1) multiply_key_slice(sums, view, block, plane, guard, 1);
+  if (SLICES > 2) multiply_key_slice(sums, view, block, plane, guard, 2);
+  if (SLICES > 3) multiply_key_slice(sums, view, block, plane, guard, 3);
 }
 
 void store_query_sums(View view, uint first_position, vec4 sums[ACCUMULATORS]) {
