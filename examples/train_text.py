@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     text = load_text()
     print(f"text       {text.files} files, {len(text.train)} bytes, {len(text.held_out)} held out")
     history = train(args, text)
-    print(f"attention  {jax_aat.last_dispatch()}")
+    print(f"attention  {jax_aat.last_dispatch() or 'by XLA'}")
     baseline = byte_frequency_loss(text)
     for name, nats in (("model", history.held_out[-1][1]), ("byte frequencies", baseline)):
         print(f"held-out loss of {name}: {nats:.3f} nats, {nats / math.log(2):.3f} bits a byte")

@@ -35,7 +35,7 @@ class Device(TypedDict):
     traits: Traits
     missing: list[str]
 
-# What a call ran; "kernel_milliseconds" is None where it was not timed.
+# What a call ran; the milliseconds are None where it was not timed.
 Dispatch = TypedDict(
     "Dispatch",
     {
@@ -48,6 +48,7 @@ Dispatch = TypedDict(
         "imported_bytes": int,
         "staged_bytes": int,
         "kernel_milliseconds": list[float] | None,
+        "elapsed_milliseconds": float | None,
     },
 )
 
@@ -86,6 +87,15 @@ def set_default_device(index: int) -> None:
 
 def last_dispatch() -> Dispatch | None:
     """What the latest call of the process ran; waits for its kernels if they are timed."""
+
+class Plan(TypedDict):
+    """Family of kernels and shaders of a plan."""
+
+    path: str
+    shaders: list[str]
+
+def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan:
+    """The plan of a device for plain calls of a pass, 'forward', 'tangent' or 'backward'."""
 
 def set_timing(enabled: bool) -> None:
     """Times the kernels of later calls, or no longer."""

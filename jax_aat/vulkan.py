@@ -44,6 +44,8 @@ class Dispatch:
       staged_bytes: Operands and results that were copied.
       kernel_milliseconds: Time of each kernel by the device's timestamps; None unless `set_timing`
         was on. Kernels with no barrier between them overlap, and so do their times.
+      elapsed_milliseconds: Time from the start of the first kernel to the end of the last;
+        None likewise.
     """
 
     sequence: int
@@ -55,6 +57,7 @@ class Dispatch:
     imported_bytes: int
     staged_bytes: int
     kernel_milliseconds: tuple[float, ...] | None
+    elapsed_milliseconds: float | None
 
     def __str__(self) -> str:
         kernels = ", ".join(self.kernels)
@@ -101,6 +104,7 @@ def last_dispatch() -> Dispatch | None:
         imported_bytes=record["imported_bytes"],
         staged_bytes=record["staged_bytes"],
         kernel_milliseconds=None if times is None else tuple(times),
+        elapsed_milliseconds=record["elapsed_milliseconds"],
     )
 
 

@@ -40,7 +40,7 @@ def vulkan_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_vulkan_runs_and_reports(vulkan_run: Run) -> None:
-    assert re.search(r"^attention +.*vulkan", vulkan_run.printed, re.MULTILINE)
+    assert re.search(r"^attention  \w+ by Vulkan on ", vulkan_run.printed, re.MULTILINE)
     assert re.search(r"held-out loss of model: \d+\.\d+ nats, \d+\.\d+ bits", vulkan_run.printed)
     assert len(vulkan_run.train) == 6
     assert [step for step, _ in vulkan_run.held_out] == [3, 6]
@@ -48,7 +48,7 @@ def test_vulkan_runs_and_reports(vulkan_run: Run) -> None:
 
 def test_xla_gives_the_same_losses(vulkan_run: Run, tmp_path: Path) -> None:
     xla = run_example(tmp_path, *TINY, "--steps=6", "--implementation=xla")
-    assert "vulkan" not in xla.printed
+    assert "attention  by XLA" in xla.printed
     np.testing.assert_allclose(vulkan_run.train, xla.train, rtol=1e-4)
     np.testing.assert_allclose(vulkan_run.held_out, xla.held_out, rtol=1e-4)
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "ffi/example_plan.h"
 #include "ffi/handlers.h"
 #include "metrics/last_dispatch.h"
 #include "metrics/timestamps.h"
@@ -125,11 +126,11 @@ const char* PassName(Pass pass) {
 
 std::optional<nb::dict> LastDispatchDict() {
   std::optional<DispatchRecord> record;
-  std::optional<std::vector<double>> milliseconds;
+  std::optional<KernelTimes> times;
   {
     const nb::gil_scoped_release release;
     record = LastDispatch();
-    if (record && record->timestamps) milliseconds = record->timestamps->Milliseconds();
+    if (record && record->timestamps) times = record->timestamps->Times();
   }
   if (!record) return std::nullopt;
   nb::dict dict;
@@ -141,7 +142,21 @@ std::optional<nb::dict> LastDispatchDict() {
   dict["shaders"] = nb::cast(record->shaders);
   dict["imported_bytes"] = record->imported_bytes;
   dict["staged_bytes"] = record->staged_bytes;
-  dict["kernel_milliseconds"] = nb::cast(milliseconds);
+  dict["kernel_milliseconds"] = times ? nb::cast(times->milliseconds) : nb::none();
+  dict["elapsed_milliseconds"] = times ? nb::cast(times->elapsed_milliseconds) : nb::none();
+  return dict;
+}
+
+nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const std::string& dtype,
+                         std::uint32_t head_dim) {
+  const auto& devices = Runtime::Get().instance().devices();
+  if (device >= devices.size()) throw nb::index_error("there is no device of that index");
+  const DispatchPlan plan = ExamplePlan(pass, dtype, head_dim, devices[device].traits);
+  nb::list shaders;
+  for (const Dispatch& dispatch : plan.dispatches) shaders.append(dispatch.shader);
+  nb::dict dict;
+  dict["path"] = plan.path;
+  dict["shaders"] = shaders;
   return dict;
 }
 
@@ -216,6 +231,8 @@ NB_MODULE(_native, m) {
       "set_default_device", [](std::uint32_t index) { Runtime::Get().set_default_device(index); },
       nb::arg("index"), ReleaseGil());
   m.def("last_dispatch", LastDispatchDict);
+  m.def("example_plan", ExamplePlanDict, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
+        nb::arg("head_dim"));
   m.def("set_timing", SetTiming, nb::arg("enabled"));
   m.def("memory_stats", MemoryStats);
   m.def("trim_memory", TrimMemory, ReleaseGil());

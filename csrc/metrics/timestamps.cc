@@ -69,20 +69,23 @@ void Timestamps::RecordResults(VkCommandBuffer commands) const {
                 VK_PIPELINE_STAGE_2_HOST_BIT, VK_ACCESS_2_HOST_READ_BIT);
 }
 
-std::vector<double> Timestamps::Milliseconds() const {
+KernelTimes Timestamps::Times() const {
   const Device& device = context_->device();
   device.Wait(done_);
   std::vector<std::uint64_t> ticks(dispatches_ * 2);
   std::memcpy(ticks.data(), results_.mapped(), ticks.size() * sizeof(std::uint64_t));
   const std::uint32_t bits = device.physical().timestamp_bits;
   const std::uint64_t mask = bits >= 64 ? UINT64_MAX : (std::uint64_t{1} << bits) - 1;
-  std::vector<double> milliseconds;
+  const double period = device.physical().limits.timestampPeriod * 1e-6;
+  const auto between = [&](std::size_t start, std::size_t end) {
+    return static_cast<double>((ticks[end] - ticks[start]) & mask) * period;
+  };
+  KernelTimes times;
   for (std::size_t i = 0; i < dispatches_; ++i) {
-    const std::uint64_t elapsed = (ticks[i * 2 + 1] - ticks[i * 2]) & mask;
-    milliseconds.push_back(static_cast<double>(elapsed) * device.physical().limits.timestampPeriod *
-                           1e-6);
+    times.milliseconds.push_back(between(i * 2, i * 2 + 1));
   }
-  return milliseconds;
+  if (dispatches_ > 0) times.elapsed_milliseconds = between(0, dispatches_ * 2 - 1);
+  return times;
 }
 
 }  // namespace jax_aat

@@ -14,6 +14,12 @@ namespace jax_aat {
 bool TimingEnabled();
 void SetTiming(bool enabled);
 
+struct KernelTimes {
+  // Of each dispatch. Those without a barrier between them overlap, and so do their times.
+  std::vector<double> milliseconds;
+  double elapsed_milliseconds = 0;  // from the start of the first to the end of the last
+};
+
 class Timestamps {
  public:
   // For a call of so many dispatches; null while timing is off or the device has no timestamps.
@@ -31,9 +37,8 @@ class Timestamps {
   void RecordResults(VkCommandBuffer commands) const;
   void Submitted(const TimelinePoint& done) { done_ = done; }
 
-  // Milliseconds of each dispatch; waits for the device. Dispatches without a barrier between
-  // them overlap, and so do their times.
-  std::vector<double> Milliseconds() const;
+  // Waits for the device.
+  KernelTimes Times() const;
 
  private:
   void Write(VkCommandBuffer commands, std::size_t query) const;
