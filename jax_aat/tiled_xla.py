@@ -115,10 +115,11 @@ def backward(
     sizes = tiles.extents
     shapes = {
         Slot.DQ: (*tiles.row_shape, sizes.head_dim),
-        Slot.DK: (*sizes.batch, tiles.padded_keys, sizes.kv_heads, sizes.head_dim),
-        Slot.DV: (*sizes.batch, tiles.padded_keys, sizes.kv_heads, sizes.head_dim),
-        Slot.DBIAS: tiles.padded_shape(Slot.DBIAS, dbias_shape or ()),
+        Slot.DK: tiles.padded_shape(Slot.DK, sizes.shape(Slot.DK)),
+        Slot.DV: tiles.padded_shape(Slot.DV, sizes.shape(Slot.DV)),
     }
+    if dbias_shape is not None:
+        shapes[Slot.DBIAS] = tiles.padded_shape(Slot.DBIAS, dbias_shape)
     start = {slot: tiles.filled(shapes[slot], 0) for slot in results}
     delta = tiles.filled(tiles.row_shape, 0)
     if Slot.DOUT in operands:

@@ -9,6 +9,7 @@ from jax.interpreters import ad
 
 from jax_aat import tiled_xla
 from jax_aat.primitives import rules
+from jax_aat.primitives.partition import devices_marker
 from jax_aat.problem import (
     TANGENT_OF,
     Operands,
@@ -32,7 +33,13 @@ def forward(operands: Operands, options: Options, implementation: str) -> tuple[
       out [*batch, T, N, H] in the dtype of q; logsumexp [*batch, T, N] in float32 (float64 for
       float64 operands).
     """
-    out, lse = rules.bind(rules.forward_p, operands, options=options, implementation=implementation)
+    out, lse = rules.bind(
+        rules.forward_p,
+        operands,
+        options=options,
+        implementation=implementation,
+        needs_devices=devices_marker() if implementation == "vulkan" else None,
+    )
     return out, lse
 
 

@@ -1,9 +1,10 @@
 """What the three primitives share: binding, abstract values, lowering, batching, derivatives.
 
 Every primitive takes its operands in slot order and has at least these parameters: `slots` (which
-operands those are), `options` and `implementation`.
+operands those are), `options`, `implementation` and `needs_devices` (see `devices_marker`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_aat._compat import result_aval, vary_like
+from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Slot, by_slot
 from jax_aat.tiles import sum_to
@@ -25,7 +27,7 @@ def _new_primitive(name: str, *static_argnames: str) -> Primitive:
     """A primitive with several results that runs its own jitted lowering."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    static = ("slots", "options", "implementation", *static_argnames)
+    static = ("slots", "options", "implementation", "needs_devices", *static_argnames)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
     return primitive
 
@@ -69,15 +71,24 @@ def register_lowering(
 
     def lower(serves_vulkan: bool) -> Any:
         def run(
-            *values: jax.Array, slots: Sequence[int], implementation: str, **params: Any
+            *values: jax.Array,
+            slots: Sequence[int],
+            implementation: str,
+            needs_devices: Any,
+            **params: Any,
         ) -> Sequence[jax.Array]:
             operands = by_slot(slots, values)
-            types = result_types(operands, implementation=implementation, **params)
+            types = result_types(operands, **params)
             if any(0 in x.shape for x in values):
                 return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
-            if serves_vulkan and implementation == "vulkan":
-                return vulkan_call(primitive.name, operands, params["options"], types)
-            return tiled(operands, **params)
+            if not (serves_vulkan and implementation == "vulkan"):
+                return tiled(operands, **params)
+            call = functools.partial(vulkan_call, primitive.name, params["options"])
+            mesh = jax.typeof(values[0]).sharding.mesh
+            if mesh.manual_axes and mesh.auto_axes:
+                # Inside a shard_map over some of the axes only; nothing can be said about the rest.
+                return call(operands, types)
+            return partitioned(call, operands, types)
 
         return mlir.lower_fun(run, multiple_results=True)
 
@@ -115,6 +126,18 @@ def register_batching(primitive: Primitive) -> None:
     batching.primitive_batchers[primitive] = batch
 
 
+def _tiled(
+    tiled: Callable[..., Sequence[jax.Array]],
+    operands: Operands,
+    *,
+    implementation: str,
+    needs_devices: Any,
+    **params: Any,
+) -> list[jax.Array]:
+    """Calls a pass in jax.numpy, whatever the primitive's implementation."""
+    return list(tiled(operands, **params))
+
+
 def register_linear(
     primitive: Primitive,
     tiled: Callable[..., Sequence[jax.Array]],
@@ -145,9 +168,8 @@ def register_linear(
             terms = bind(primitive, fixed | along, **params)
             derivative = [jnp.broadcast_to(t, x.shape) for t, x in zip(terms, results, strict=True)]
         if across:
-            tiled_params = {k: v for k, v in params.items() if k != "implementation"}
             _, terms = jax.jvp(
-                lambda some: list(tiled(operands | some, **tiled_params)),
+                lambda some: _tiled(tiled, operands | some, **params),
                 ({slot: operands[slot] for slot in across},),
                 (across,),
             )

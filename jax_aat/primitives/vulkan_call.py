@@ -13,16 +13,16 @@ MAX_BATCH_AXES = 4
 
 def vulkan_call(
     target: str,
-    operands: Operands,
     options: Options,
+    operands: Operands,
     results: Mapping[Slot, jax.ShapeDtypeStruct],
 ) -> list[jax.Array]:
     """Calls a target of the runtime.
 
     Args:
       target: Name under which the handler is registered.
-      operands: Arrays by slot, none with an axis of size 0.
       options: Scale, causality, window and soft cap.
+      operands: Arrays by slot, none with an axis of size 0.
       results: Shapes and dtypes of the wanted results.
 
     Returns:
