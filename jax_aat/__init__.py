@@ -2,6 +2,7 @@
 
 from jax_aat.attention import tiled_attention
 from jax_aat.vulkan import (
+    Device,
     Dispatch,
     default_device,
     devices,
@@ -11,6 +12,7 @@ from jax_aat.vulkan import (
 )
 
 __all__ = [
+    "Device",
     "Dispatch",
     "default_device",
     "devices",

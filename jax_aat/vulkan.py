@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,22 +13,53 @@ import jax.numpy as jnp
 
 try:
     from jax_aat import _native
-except ImportError as error:
-    raise ImportError(
+except ImportError:
+    _NO_NATIVE = (
         "the native module of jax_aat is missing or was built for another Python: install the "
         "package (in a clone: pip install .) rather than import it from its sources"
-    ) from error
+    )
+else:
+    _NO_NATIVE = ""
 
 MAX_HEAD_DIM = 256
 DTYPES = ("float32", "bfloat16", "float16")
-SWITCH = "JAX_AAT_VULKAN"
-"""Environment variable; 0 switches the custom calls off."""
+SWITCH = "JAX_AAT_DISABLE"
+"""Environment variable; 1 switches the custom calls off."""
 
 _HARDWARE = ("discrete", "integrated", "virtual")
 
-for _platform in ("cpu", "cuda"):
+# When the package is imported, so that an exported function that calls a target finds it.
+for _platform in () if _NO_NATIVE else ("cpu", "cuda"):
     for _target, _handler in _native.registrations(_platform).items():
         jax.ffi.register_ffi_target(_target, _handler, platform=_platform)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A Vulkan device.
+
+    Attributes:
+      index: Position in `devices`; what `set_default_device` takes.
+      name: As the driver gives it.
+      kind: 'discrete', 'integrated', 'virtual', 'cpu' or 'other'.
+      uuid: Identity of the device across APIs, hexadecimal.
+      driver: Name and version of the driver.
+      api_version: Highest version of Vulkan.
+      features: Optional features and extensions that decide which kernels run, and whether the
+        device has them.
+      traits: Sizes and capabilities that kernels are planned by.
+      missing: What this package requires and the device lacks; empty: it can be used.
+    """
+
+    index: int
+    name: str
+    kind: str
+    uuid: str
+    driver: str
+    api_version: str
+    features: Mapping[str, bool]
+    traits: Mapping[str, Any]
+    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,24 +97,49 @@ class Dispatch:
         return f"{self.direction} by Vulkan on {self.device}, {self.path} kernels: {kernels}"
 
 
-def devices() -> list[_native.Device]:
+def devices() -> tuple[Device, ...]:
     """Every Vulkan device, what it can do and what it lacks; empty without a Vulkan loader."""
-    return _native.devices()
+    if _NO_NATIVE:
+        return ()
+    return tuple(
+        Device(
+            index=device["index"],
+            name=device["name"],
+            kind=device["kind"],
+            uuid=device["uuid"],
+            driver=f"{device['driver_name']} {device['driver_info']}".strip(),
+            api_version=device["api_version"],
+            features=MappingProxyType(device["features"]),
+            traits=MappingProxyType(device["traits"]),
+            missing=tuple(device["missing"]),
+        )
+        for device in _native.devices()
+    )
 
 
-def default_device() -> _native.Device | None:
+def default_device() -> Device | None:
     """The device that calls use; None where no device can be used.
 
     The environment variable JAX_AAT_DEVICE chooses it, by index or by a part of its name, and
     `set_default_device` changes it.
     """
+    if _NO_NATIVE:
+        return None
     index = _native.default_device()
     return None if index is None else devices()[index]
 
 
-def set_default_device(index: int) -> None:
-    """Makes later calls use the device of that index in `devices`."""
-    _native.set_default_device(index)
+def set_default_device(device: Device | int) -> None:
+    """Makes later calls of this process use a device of `devices`, given itself or by index.
+
+    A call runs on the device that is the default when it runs, not when it was traced.
+
+    Raises:
+      RuntimeError: There is no native module, or the device lacks something.
+      ValueError: There is no device of this index.
+    """
+    _require_native()
+    _native.set_default_device(device.index if isinstance(device, Device) else device)
 
 
 def last_dispatch() -> Dispatch | None:
@@ -90,7 +148,7 @@ def last_dispatch() -> Dispatch | None:
     Calls that XLA computes (implementation='xla') leave no trace here. Results that JAX has not
     computed yet have not run: wait for them with `jax.block_until_ready` first.
     """
-    record = _native.last_dispatch()
+    record = None if _NO_NATIVE else _native.last_dispatch()
     if record is None:
         return None
     times = record["kernel_milliseconds"]
@@ -109,15 +167,25 @@ def last_dispatch() -> Dispatch | None:
 
 
 def set_timing(enabled: bool) -> None:
-    """Times the kernels of later calls by timestamps of the device, or no longer."""
+    """Times the kernels of later calls by timestamps of the device, or no longer.
+
+    Raises:
+      RuntimeError: There is no native module.
+    """
+    _require_native()
     _native.set_timing(enabled)
 
 
 def problem() -> str:
     """Why Vulkan cannot be used and what to do about it; empty where it can."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0 switches Vulkan off: unset it"
-    return _native.problem()
+    if os.environ.get(SWITCH) == "1":
+        return f"{SWITCH}=1 switches Vulkan off: unset it"
+    return _NO_NATIVE or _native.problem()
+
+
+def _require_native() -> None:
+    if _NO_NATIVE:
+        raise RuntimeError(_NO_NATIVE)
 
 
 def unserved(dtype: Any, head_dim: int) -> str:
@@ -153,4 +221,4 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
     if reason or jax.default_backend() not in ("cpu", "gpu"):
         return "xla"
     device = default_device()
-    return "vulkan" if device is not None and device["kind"] in _HARDWARE else "xla"
+    return "vulkan" if device is not None and device.kind in _HARDWARE else "xla"

@@ -38,7 +38,8 @@ def partitioned(call: Call, operands: Operands, results: Results) -> Sequence[ja
     """
     slots, wanted = tuple(operands), tuple(results)
     sizes = extents(operands)
-    shapes = {slot: x.shape for slot, x in (*operands.items(), *results.items())}
+    shapes = {slot: x.shape for slot, x in operands.items()}
+    shapes |= {slot: t.shape for slot, t in results.items()}
 
     @custom_partitioning
     def function(*values: jax.Array) -> tuple[jax.Array, ...]:
@@ -115,7 +116,9 @@ def _spec(mesh: Mesh, sharding: Sharding, shape: tuple[int, ...]) -> P:
     for axis, size in enumerate(shape):
         starts = np.array([parts[device][axis].start or 0 for device in devices])
         starts = starts.reshape(mesh.devices.shape)
-        strides = {name: np.diff(starts, axis=i).max(initial=0) for i, name in enumerate(mesh.shape)}
+        strides = {
+            name: np.diff(starts, axis=i).max(initial=0) for i, name in enumerate(mesh.shape)
+        }
         split = [name for name, stride in strides.items() if stride > 0]
         names = tuple(sorted(split, key=lambda name: -strides[name]))
         entries.append(None)

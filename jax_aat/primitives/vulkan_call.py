@@ -29,7 +29,7 @@ def vulkan_call(
       The results, in the order of `results`.
     """
     batch = broadcast_batch(operands)
-    shapes = [x.shape for x in operands.values()] + [t.shape for t in results.values()]
+    shapes = [*(x.shape for x in operands.values()), *(t.shape for t in results.values())]
     axes = BatchAxes.merging(batch, shapes, MAX_BATCH_AXES)
     wanted = sorted(results)
     types = [
