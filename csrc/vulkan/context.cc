@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "metrics/timestamps.h"
+#include "vulkan/coopmat_probe.h"
 #include "vulkan/text.h"
 
 namespace jax_aat {
@@ -33,10 +34,20 @@ AttentionParams WithAddresses(const DispatchPlan& plan, OperandAddresses address
 }  // namespace
 
 Context::Context(const Instance& instance, const PhysicalDevice& physical)
-    : device_(instance, physical), memory_(device_), pipelines_(device_) {
+    : device_(instance, physical), traits_(physical.traits), memory_(device_), pipelines_(device_) {
   for (std::uint32_t i = 0; i < device_.queue_count(); ++i) {
     queues_.push_back(std::make_unique<Queue>(device_, i));
   }
+  traits_.coopmat_layout_known = ProbeCoopmatLayout();
+}
+
+bool Context::ProbeCoopmatLayout() {
+  const auto matches = [this](const char* shader) {
+    return CoopmatLayoutMatches(device_, memory_, pipelines_, *queues_.front(), shader);
+  };
+  if (!traits_.coopmat_float16 && !traits_.coopmat_bfloat16) return false;
+  return (!traits_.coopmat_float16 || matches("coopmat_layout_probe.f16")) &&
+         (!traits_.coopmat_bfloat16 || matches("coopmat_layout_probe.bf16"));
 }
 
 Context::~Context() {

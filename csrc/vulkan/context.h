@@ -46,7 +46,7 @@ class Context {
   ~Context();
 
   const Device& device() const { return device_; }
-  const DeviceTraits& traits() const { return device_.physical().traits; }
+  const DeviceTraits& traits() const { return traits_; }
   MemoryManager& memory() { return memory_; }
 
   // Submits the plan and returns without waiting for it; the point is reached when everything is
@@ -68,7 +68,10 @@ class Context {
               std::span<const VkPipeline> pipelines, VkDeviceAddress parameters,
               const Surroundings& around) const;
 
+  bool ProbeCoopmatLayout();
+
   const Device device_;
+  DeviceTraits traits_;
   MemoryManager memory_;
   Pipelines pipelines_;
   std::vector<std::unique_ptr<Queue>> queues_;
