@@ -6,6 +6,7 @@
 
 #include "metrics/timestamps.h"
 #include "vulkan/coopmat_probe.h"
+#include "vulkan/logging.h"
 #include "vulkan/text.h"
 
 namespace jax_aat {
@@ -46,8 +47,14 @@ bool Context::ProbeCoopmatLayout() {
     return CoopmatLayoutMatches(device_, memory_, pipelines_, *queues_.front(), shader);
   };
   if (!traits_.coopmat_float16 && !traits_.coopmat_bfloat16) return false;
-  return (!traits_.coopmat_float16 || matches("coopmat_layout_probe.f16")) &&
-         (!traits_.coopmat_bfloat16 || matches("coopmat_layout_probe.bf16"));
+  try {
+    return (!traits_.coopmat_float16 || matches("coopmat_layout_probe.f16")) &&
+           (!traits_.coopmat_bfloat16 || matches("coopmat_layout_probe.bf16"));
+  } catch (const Error& error) {
+    device_.RequireAlive();
+    Log(LogLevel::kWarning, Concat("Cooperative matrices are not used: ", error.what()));
+    return false;
+  }
 }
 
 Context::~Context() {
