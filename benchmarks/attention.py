@@ -115,7 +115,7 @@ def surroundings() -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    vulkan = jax_aat.default_device() or {"name": "none", "driver_name": "", "driver_info": ""}
+    vulkan = jax_aat.default_device()
     return {
         "commit": git("rev-parse", "HEAD"),
         "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
@@ -124,8 +124,7 @@ def surroundings() -> dict[str, Any]:
         "host": f"{platform.platform()}, {platform.processor() or platform.machine()}",
         "jax": jax.__version__,
         "jax_device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-        "vulkan_device": vulkan["name"],
-        "vulkan_driver": f"{vulkan['driver_name']} {vulkan['driver_info']}",
+        "vulkan_device": f"{vulkan.name}, {vulkan.driver}" if vulkan else "none",
     }
 
 

@@ -7,19 +7,20 @@ import itertools
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from jax_aat import _native, vulkan
+from jax_aat import vulkan
 
 PASSES = ("forward", "tangent", "backward")
 HEAD_DIMS = (64, 128, 256)
 VARIABLES = {
     "JAX_AAT_DEVICE": "index, or part of the name, of the Vulkan device to use",
-    vulkan.SWITCH: "0 switches the custom calls off",
+    vulkan.SWITCH: "1 switches the custom calls off",
     "JAX_AAT_LOG": "least severe messages written: error, warning, info or debug",
     "JAX_AAT_VALIDATION": "1 runs under the Vulkan validation layers",
     "JAX_AAT_MEMORY_LIMIT": "bytes of device memory that may be held",
@@ -49,11 +50,10 @@ def report() -> Iterator[str]:
     """The lines that ``info`` prints."""
     python = platform.python_version()
     yield f"jax_aat {_version()}, JAX {jax.__version__} ({jax.default_backend()}), Python {python}"
-    yield f"native module: {_native.__file__}"
     default = vulkan.default_device()
     for device in vulkan.devices():
         yield ""
-        yield from _describe(device, default)
+        yield from _describe(device, used=device == default)
     yield ""
     if problem := vulkan.problem():
         yield f"Vulkan cannot be used: {problem}"
@@ -61,7 +61,7 @@ def report() -> Iterator[str]:
         yield "kernels, for calls without bias or mask:"
         yield from _table(_kernels(default))
         yield ""
-        yield f"pipeline cache: {_size_of(Path(_native.cache_path()))}"
+        yield f"pipeline cache: {_pipeline_cache()}"
     chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
     yield f"implementation=None means {chosen!r} here: {_reason(default)}"
     yield ""
@@ -76,33 +76,34 @@ def _version() -> str:
         return "not installed"
 
 
-def _describe(device: _native.Device, default: _native.Device | None) -> Iterator[str]:
-    used = default is not None and device["index"] == default["index"]
-    yield f"device {device['index']}: {device['name']} ({device['kind']}){', used' if used else ''}"
-    yield f"  driver    {device['driver_name']} {device['driver_info']}"
-    yield f"  Vulkan    {device['api_version']}, device UUID {device['uuid']}"
+def _describe(device: vulkan.Device, used: bool) -> Iterator[str]:
+    yield f"device {device.index}: {device.name} ({device.kind}){', used' if used else ''}"
+    yield f"  driver    {device.driver}"
+    yield f"  Vulkan    {device.api_version}, device UUID {device.uuid}"
     for title, present in (("has", True), ("lacks", False)):
-        names = [name for name, found in device["features"].items() if found is present]
+        names = [name for name, found in device.features.items() if found is present]
         yield f"  {title:<9} {', '.join(names) or 'nothing'}"
-    yield f"  limits    {', '.join(f'{k} {v}' for k, v in device['traits'].items())}"
-    if device["missing"]:
-        yield f"  cannot be used: it lacks {', '.join(device['missing'])}"
+    yield f"  traits    {', '.join(f'{k} {v}' for k, v in device.traits.items())}"
+    if device.missing:
+        yield f"  cannot be used: it lacks {', '.join(device.missing)}"
 
 
-def _kernels(device: _native.Device) -> Iterator[Sequence[str]]:
+def _kernels(device: vulkan.Device) -> Iterator[Sequence[str]]:
+    from jax_aat import _native
+
     yield "pass", "dtype", "head_dim", "path", "shaders", "why"
     for name, dtype in itertools.product(PASSES, vulkan.DTYPES):
 
         def choice(head_dim: int, name: str = name, dtype: str = dtype) -> tuple[str, str, str]:
-            plan = _native.example_plan(device["index"], name, dtype, head_dim)
+            plan = _native.example_plan(device.index, name, dtype, head_dim)
             shaders = ", ".join(s for s in plan["shaders"] if not s.startswith("work_lists"))
-            return plan["path"], shaders, _why(plan["path"], dtype, device["traits"])
+            return plan["path"], shaders, _why(plan["path"], dtype, device.traits)
 
         for chosen, head_dims in itertools.groupby(HEAD_DIMS, choice):
             yield name, dtype, ", ".join(map(str, head_dims)), *chosen
 
 
-def _why(path: str, dtype: str, traits: _native.Traits) -> str:
+def _why(path: str, dtype: str, traits: Mapping[str, Any]) -> str:
     """Why the planner took that family of kernels."""
     if path != "portable":
         return "cooperative matrices"
@@ -115,10 +116,10 @@ def _why(path: str, dtype: str, traits: _native.Traits) -> str:
     return "no matrix kernel for this pass and head_dim"
 
 
-def _reason(device: _native.Device | None) -> str:
+def _reason(device: vulkan.Device | None) -> str:
     if vulkan.problem() or device is None:
         return "Vulkan cannot be used"
-    return f"the device is of the kind {device['kind']!r}"
+    return f"the device is of the kind {device.kind!r}"
 
 
 def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -128,7 +129,10 @@ def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
-def _size_of(file: Path) -> str:
+def _pipeline_cache() -> str:
+    from jax_aat import _native
+
+    file = Path(_native.cache_path())
     return f"{file}, {file.stat().st_size} bytes" if file.exists() else f"{file}, not written yet"
 
 

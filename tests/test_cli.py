@@ -24,8 +24,8 @@ def test_info_names_device_kernels_and_caches() -> None:
     assert done.returncode == 0, done.stderr
     device = jax_aat.default_device()
     assert device is not None
-    assert f"device {device['index']}: {device['name']}" in done.stdout
-    assert device["driver_info"] in done.stdout
+    assert f"device {device.index}: {device.name}" in done.stdout
+    assert device.driver in done.stdout
     assert "bufferDeviceAddress" in done.stdout
     for kernel in ("attend_forward", "attend_tangent", "attend_backward_dq"):
         assert kernel in done.stdout
@@ -54,9 +54,9 @@ def test_info_with_a_device_that_is_not_there() -> None:
 
 
 def test_info_with_vulkan_switched_off() -> None:
-    done = run("info", JAX_AAT_VULKAN="0")
+    done = run("info", JAX_AAT_DISABLE="1")
     assert done.returncode == 1
-    assert "JAX_AAT_VULKAN=0 switches Vulkan off: unset it" in done.stdout
+    assert "JAX_AAT_DISABLE=1 switches Vulkan off: unset it" in done.stdout
 
 
 def test_no_command_prints_the_usage() -> None:
