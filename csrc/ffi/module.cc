@@ -77,7 +77,9 @@ nb::dict DeviceDict(const PhysicalDevice& device) {
                                VK_API_VERSION_MINOR(device.api_version), ".",
                                VK_API_VERSION_PATCH(device.api_version));
   dict["features"] = features;
-  dict["traits"] = TraitsDict(device.traits);
+  // A context has probed what its device does not tell.
+  const auto context = Runtime::Get().Existing(device.index);
+  dict["traits"] = TraitsDict(context == nullptr ? device.traits : context->traits());
   dict["missing"] = nb::cast(device.missing);
   return dict;
 }
@@ -149,9 +151,11 @@ std::optional<nb::dict> LastDispatchDict() {
 
 nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const std::string& dtype,
                          std::uint32_t head_dim) {
-  const auto& devices = Runtime::Get().instance().devices();
-  if (device >= devices.size()) throw nb::index_error("there is no device of that index");
-  const DispatchPlan plan = ExamplePlan(pass, dtype, head_dim, devices[device].traits);
+  DispatchPlan plan;
+  {
+    const nb::gil_scoped_release release;
+    plan = ExamplePlan(pass, dtype, head_dim, Runtime::Get().Acquire(device)->traits());
+  }
   nb::list shaders;
   for (const Dispatch& dispatch : plan.dispatches) shaders.append(dispatch.shader);
   nb::dict dict;
