@@ -29,6 +29,7 @@ constexpr Feature kFeatures[] = {
     JAX_AAT_FEATURE(false, bfloat16, shaderBFloat16Type),
     JAX_AAT_FEATURE(false, bfloat16, shaderBFloat16CooperativeMatrix),
     JAX_AAT_FEATURE(false, reconvergence, shaderMaximalReconvergence),
+    JAX_AAT_FEATURE(false, executables, pipelineExecutableInfo),
 };
 #undef JAX_AAT_FEATURE
 
@@ -40,6 +41,7 @@ constexpr const char* kExtensions[] = {
     VK_KHR_EXTERNAL_MEMORY_FD_EXTENSION_NAME,
     VK_KHR_EXTERNAL_SEMAPHORE_FD_EXTENSION_NAME,
     VK_EXT_MEMORY_BUDGET_EXTENSION_NAME,
+    VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME,
 };
 
 }  // namespace
@@ -56,6 +58,7 @@ FeatureChain::FeatureChain(const std::set<std::string>& extensions) {
   if (extensions.contains(VK_KHR_COOPERATIVE_MATRIX_EXTENSION_NAME)) link(matrix);
   if (extensions.contains(VK_KHR_SHADER_BFLOAT16_EXTENSION_NAME)) link(bfloat16);
   if (extensions.contains(VK_KHR_SHADER_MAXIMAL_RECONVERGENCE_EXTENSION_NAME)) link(reconvergence);
+  if (extensions.contains(VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME)) link(executables);
 }
 
 std::span<const Feature> KnownFeatures() { return kFeatures; }

@@ -63,7 +63,20 @@ bool Matches(const PhysicalDevice& device, const std::string& wanted) {
 
 }  // namespace
 
-Instance::Instance() : global_(LoadGlobalTable()) {
+// Delegates first, so that a failure on the way destroys what was made.
+Instance::Instance() : Instance(LoadGlobalTable()) {
+  Create();
+  std::uint32_t count = 0;
+  Check(vk_.EnumeratePhysicalDevices(handle_, &count, nullptr), "vkEnumeratePhysicalDevices");
+  std::vector<VkPhysicalDevice> handles(count);
+  Check(vk_.EnumeratePhysicalDevices(handle_, &count, handles.data()),
+        "vkEnumeratePhysicalDevices");
+  for (std::uint32_t i = 0; i < count; ++i) {
+    devices_.push_back(ProbePhysicalDevice(vk_, handles[i], i));
+  }
+}
+
+void Instance::Create() {
   std::uint32_t version = VK_API_VERSION_1_0;
   if (global_.EnumerateInstanceVersion != nullptr) {
     Check(global_.EnumerateInstanceVersion(&version), "vkEnumerateInstanceVersion");
@@ -114,22 +127,13 @@ Instance::Instance() : global_(LoadGlobalTable()) {
     Check(vk_.CreateDebugUtilsMessengerEXT(handle_, &messenger, nullptr, &messenger_),
           "vkCreateDebugUtilsMessengerEXT");
   }
-
-  std::uint32_t count = 0;
-  Check(vk_.EnumeratePhysicalDevices(handle_, &count, nullptr), "vkEnumeratePhysicalDevices");
-  std::vector<VkPhysicalDevice> handles(count);
-  Check(vk_.EnumeratePhysicalDevices(handle_, &count, handles.data()),
-        "vkEnumeratePhysicalDevices");
-  for (std::uint32_t i = 0; i < count; ++i) {
-    devices_.push_back(ProbePhysicalDevice(vk_, handles[i], i));
-  }
 }
 
 Instance::~Instance() {
   if (messenger_ != VK_NULL_HANDLE) {
     vk_.DestroyDebugUtilsMessengerEXT(handle_, messenger_, nullptr);
   }
-  vk_.DestroyInstance(handle_, nullptr);
+  if (handle_ != VK_NULL_HANDLE) vk_.DestroyInstance(handle_, nullptr);
 }
 
 std::uint32_t Instance::ChooseDevice() const {

@@ -25,6 +25,9 @@ class Instance {
   std::uint32_t ChooseDevice() const;
 
  private:
+  explicit Instance(const GlobalTable& global) : global_(global) {}
+  void Create();
+
   GlobalTable global_;
   VkInstance handle_ = VK_NULL_HANDLE;
   InstanceTable vk_;

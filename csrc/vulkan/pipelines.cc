@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "vulkan/logging.h"
+#include "vulkan/pipeline_statistics.h"
 #include "vulkan/shaders.h"
 #include "vulkan/text.h"
 
@@ -117,6 +118,7 @@ PipelineHandle Pipelines::Compile(const Dispatch& dispatch) {
   };
   const VkComputePipelineCreateInfo info = {
       .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
+      .flags = StatisticsFlags(device_),
       .stage =
           {
               .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO,
@@ -134,7 +136,8 @@ PipelineHandle Pipelines::Compile(const Dispatch& dispatch) {
                 "vkCreateComputePipelines");
   if (LogEnabled(LogLevel::kDebug)) {
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
-    Log(LogLevel::kDebug, Concat("compiled ", dispatch.shader, " in ", took.count(), " ms"));
+    Log(LogLevel::kDebug, Concat("compiled ", dispatch.shader, " in ", took.count(), " ms",
+                                 StatisticsWords(device_, pipeline.get())));
   }
   return pipeline;
 }
