@@ -60,7 +60,8 @@ def call(query, key, value, **attributes):
 def inputs(seed=0, length=40, heads=2, head_dim=32):
     generator = np.random.default_rng(seed)
     shape = (1, length, heads, head_dim)
-    return [jnp.asarray(generator.normal(size=shape), jnp.float32) for _ in range(3)]
+    arrays = [generator.normal(size=shape).astype(np.float32) for _ in range(3)]
+    return [jax.device_put(x, jax.devices("cpu")[0]) for x in arrays]
 
 
 def reference(query, key, value):
