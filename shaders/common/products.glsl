@@ -65,11 +65,11 @@ void multiply_rows(inout float products[THREAD_SCORES], uint slice) {
     [[unroll]] for (uint j = 0; j < THREAD_COLUMNS; ++j) {
       vec4 b = block_slice[(thread_column() + j * COLUMN_THREADS) * SLICE_STRIDE + quad];
       [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-        float sum = products[i * THREAD_COLUMNS + j];
-        sum = fma(a[i].x, b.x, sum);
+        // Four terms by themselves first: the rounding errors of long sums grow more slowly so.
+        float sum = a[i].x * b.x;
         sum = fma(a[i].y, b.y, sum);
         sum = fma(a[i].z, b.z, sum);
-        products[i * THREAD_COLUMNS + j] = fma(a[i].w, b.w, sum);
+        products[i * THREAD_COLUMNS + j] += fma(a[i].w, b.w, sum);
       }
     }
   }
