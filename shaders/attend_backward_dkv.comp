@@ -20,12 +20,14 @@ uint block_position(uint block, uint row) {
 void stage_query_states(View logsumexp_view, View delta_view, uint block) {
   for (uint row = gl_LocalInvocationID.x; row < BLOCK_ROWS; row += THREADS) {
     uint position = block_position(block, row);
-    QueryState state = QueryState(0.0, 0.0);
-    if (position < PARAMS.queries) {
-      state = load_query_state(logsumexp_view, delta_view, position, row % TILE_HEADS);
-    }
-    block_logsumexp[row] = state.logsumexp;
-    block_delta[row] = state.delta;
+    bool exists = position < PARAMS.queries;
+    uint head = row % TILE_HEADS;
+    block_logsumexp[row] =
+        exists ? load_float(logsumexp_view.base, row_start(logsumexp_view, position, head)) : 0.0;
+    // Without a gradient of keys there is no delta.
+    block_delta[row] = exists && has(FEATURE_DK)
+                           ? load_float(delta_view.base, row_start(delta_view, position, head))
+                           : 0.0;
   }
 }
 

@@ -193,6 +193,9 @@ PhysicalDevice ProbePhysicalDevice(const InstanceTable& vk, VkPhysicalDevice han
     device.features.emplace_back(feature.name, present);
     if (feature.required && !present) device.missing.emplace_back(feature.name);
   }
+  if (!(probed.vulkan11.subgroupSupportedOperations & VK_SUBGROUP_FEATURE_SHUFFLE_BIT)) {
+    device.missing.emplace_back("subgroup shuffles");
+  }
   ChooseQueueFamily(vk, device);
   FillTraits(vk, probed, features, device);
   return device;
