@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--implementation", choices=["auto", "vulkan", "xla"], default="auto")
+    parser.add_argument("--implementation", choices=["vulkan", "xla", "auto"], default="vulkan")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--save-every", type=int, default=100, help="steps between checkpoints and held-out losses"

@@ -15,7 +15,7 @@ step types
 mypy
 
 step example, in a tiny size
-python examples/train_text.py --implementation vulkan --layers 1 --width 32 --context 32 --batch 2 \
+python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
   --steps 4 --save-every 2 --output build/example
 
 step tests under the Vulkan validation layers
