@@ -215,7 +215,8 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
     if implementation == "vulkan":
         if reason:
             raise RuntimeError(
-                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; or use implementation='xla'"
+                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; "
+                "or use implementation='xla'"
             )
         return "vulkan"
     if reason or jax.default_backend() not in ("cpu", "gpu"):

@@ -108,7 +108,7 @@ def make(queries=40, keys=56, heads=2, kv_heads=None, head_dim=32, batch=(2,), *
 
 
 CASES = {
-    "plain": dict(),
+    "plain": {},
     "causal": dict(queries=130, keys=130, causal=True),
     "head_dim_1": dict(head_dim=1),
     "head_dim_5": dict(head_dim=5, causal=True),
