@@ -19,7 +19,7 @@ python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
   --steps 4 --save-every 2 --output build/example
 
 step tests under the Vulkan validation layers
-JAX_AAT_VALIDATION=1 pytest -q tests/test_flax.py
+JAX_AAT_VALIDATION=1 pytest -q -k "not xla" tests/test_kernels.py tests/test_runtime.py tests/test_flax.py
 
 step tests
 pytest -q
