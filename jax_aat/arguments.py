@@ -166,8 +166,12 @@ def _mask(mask: ArrayLike, logits: tuple[int, ...]) -> jax.Array:
 
 def _lengths(name: str, lengths: ArrayLike, batch: int, limit: int) -> jax.Array:
     x = _broadcastable(name, _integers(name, lengths), (batch,), "[B]")
-    if not isinstance(x, jax.core.Tracer) and x.is_fully_addressable and isinstance(limit, int):
-        known = np.asarray(x)
+    # What came rather than x: under jit even a constant is traced once it is an array of JAX.
+    hidden = isinstance(lengths, jax.core.Tracer) or (
+        isinstance(lengths, jax.Array) and not lengths.is_fully_addressable
+    )
+    if not hidden and isinstance(limit, int):
+        known = np.asarray(lengths)
         if known.size and not 0 <= known.min() <= known.max() <= limit:
             raise ValueError(
                 f"{name}: got lengths from {known.min()} to {known.max()}, "

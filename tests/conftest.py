@@ -1,8 +1,21 @@
-"""What holds for every test."""
+"""What holds for every test: eight CPU devices, a seed, silent validation layers."""
 
+import os
 import sys
+import zlib
 
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import numpy as np
 import pytest
+
+SEED = int(os.environ.get("JAX_AAT_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (JAX_AAT_TEST_SEED repeats it)"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,3 +24,15 @@ def validation_layers_are_silent():
     yield
     if native := sys.modules.get("jax_aat._native"):
         assert native.validation_messages() == []
+
+
+@pytest.fixture(params=["xla", "vulkan"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of this run and this test, the same for both implementations."""
+    name = request.node.nodeid.replace("vulkan", "xla")
+    return np.random.default_rng([SEED, zlib.crc32(name.encode())])
