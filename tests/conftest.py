@@ -8,8 +8,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import jax
 import numpy as np
 import pytest
+
+# What is compared with would multiply float32 by TF32 on a GPU.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 SEED = int(os.environ.get("JAX_AAT_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
 

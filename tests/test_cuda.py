@@ -21,7 +21,7 @@ attend = jax.jit(lambda q, k, v: jax_aat.tiled_attention(q, k, v, implementation
 
 @pytest.fixture(autouse=True)
 def on_cuda():
-    with jax.default_device(CUDA[0]), jax.default_matmul_precision("highest"):
+    with jax.default_device(CUDA[0]):
         yield
 
 
