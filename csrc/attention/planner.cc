@@ -11,6 +11,7 @@ namespace {
 
 // In order of preference.
 constexpr KernelFamily kFamilies[] = {
+    {"coopmat", ChooseCoopmatKernel},
     {"portable", ChoosePortableKernel},
 };
 
@@ -88,9 +89,7 @@ const char* DtypeName(std::uint32_t dtype) {
 class Planner {
  public:
   Planner(const AttentionProblem& problem, const DeviceTraits& traits)
-      : problem_(problem), traits_(traits), params_(problem.params) {
-    plan_.path = kFamilies[0].path;
-  }
+      : problem_(problem), traits_(traits), params_(problem.params) {}
 
   DispatchPlan Plan() {
     pairs_ = CountPairs(problem_);
@@ -107,6 +106,7 @@ class Planner {
         break;
     }
     plan_.params = params_;
+    if (family_ != nullptr) plan_.path = family_->path;
     return std::move(plan_);
   }
 
@@ -161,7 +161,7 @@ class Planner {
   KernelShape Choose(Kernel kernel) {
     for (const KernelFamily& family : kFamilies) {
       if (const auto shape = family.choose(kernel, problem_, traits_)) {
-        plan_.path = family.path;
+        if (family_ == nullptr || &family < family_) family_ = &family;
         return *shape;
       }
     }
@@ -335,6 +335,7 @@ class Planner {
   const DeviceTraits& traits_;
   AttentionParams params_;
   DispatchPlan plan_;
+  const KernelFamily* family_ = nullptr;  // the most preferred of those that serve the plan
   double pairs_ = 0;
   std::uint64_t batch_lists_ = 1;
   bool heads_differ_ = false;

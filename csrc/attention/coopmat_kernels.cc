@@ -1,0 +1,69 @@
+// Shapes of the cooperative-matrix kernels (shaders/common/coopmat_rows.glsl); docs/kernels.md says what
+// was measured to choose them.
+#include "attention/kernels.h"
+
+namespace jax_aat {
+namespace {
+
+constexpr std::uint32_t kSubgroupSize = 32;
+constexpr std::uint32_t kMaxHeadDim = 128;
+constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
+
+// One 16-byte vector must not straddle rows, heads or batch entries of any operand.
+bool StridesAllowVectors(const AttentionParams& params) {
+  for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
+                         OPERAND_DV, OPERAND_DOUT}) {
+    const OperandLayout& layout = params.operand[slot];
+    std::uint32_t strides = layout.row_stride | layout.head_stride;
+    for (const std::uint32_t stride : layout.batch_stride) strides |= stride;
+    if (strides % kVectorElements != 0) return false;
+  }
+  return true;
+}
+
+// Upper bound of what a kernel declares.
+std::uint32_t SharedBytes(const KernelShape& shape, std::uint32_t head_dim) {
+  const std::uint32_t row_bytes = (head_dim + 15) / 16 * 32 + 16;
+  const std::uint32_t stages = 4 * shape.block_rows * row_bytes;
+  const std::uint32_t exchange = shape.threads / kSubgroupSize * 16 * row_bytes;
+  const std::uint32_t states = 2 * shape.block_rows * 8;
+  return (stages > exchange ? stages : exchange) + states;
+}
+
+}  // namespace
+
+std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionProblem& problem,
+                                               const DeviceTraits& traits) {
+  const bool has_matrices = (problem.dtype == DTYPE_F16 && traits.coopmat_float16) ||
+                            (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
+  const std::uint32_t head_dim = problem.params.head_dim;
+  if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
+      head_dim % kVectorElements != 0 || !StridesAllowVectors(problem.params)) {
+    return std::nullopt;
+  }
+  const bool narrow = head_dim <= 64;
+  KernelShape shape;
+  switch (kernel) {
+    case Kernel::kForward:
+      shape = {"attend_forward_coopmat", 128, 128, narrow ? 64u : 32u};
+      break;
+    case Kernel::kBackwardDq:
+      shape = {"attend_backward_dq_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
+      break;
+    case Kernel::kBackwardDkv:
+      shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128, 32};
+      break;
+    default:
+      return std::nullopt;
+  }
+  // The backward kernels have no variant for a cotangent of the residual alone.
+  if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return std::nullopt;
+  shape.required_subgroup_size = kSubgroupSize;
+  if (SharedBytes(shape, head_dim) > traits.max_shared_memory ||
+      shape.threads > traits.max_workgroup_invocations) {
+    return std::nullopt;
+  }
+  return shape;
+}
+
+}  // namespace jax_aat

@@ -1,0 +1,114 @@
+#version 460
+// Gradient of a tile of queries, on cooperative matrices: with P = exp(S - logsumexp) over the keys
+// of its work list, dS = P (dout V^T - delta), dq = scale dS K. A subgroup keeps its rows of q, dout
+// and dq in registers; keys and values pass through shared memory.
+#include "common/coopmat_query_tile.glsl"
+
+QueryTile tile;
+float to_log2;
+Left q[ROW_TILES][DIM_TILES], dout[ROW_TILES][DIM_TILES];
+Accumulator dq[ROW_TILES][DIM_TILES];
+float reference[ROWS], delta[ROWS];
+
+// `mixed` is known at compile time: full blocks need no branch.
+void attend_block(Walk walk, uint block, bool mixed) {
+  uint keys_start = stage_start(block), values_start = keys_start + OPERAND_VECTORS;
+  [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
+    start_part(walk, block, g, 1);
+    Accumulator s[ROW_TILES], dp[ROW_TILES], slope[ROW_TILES];
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      s[t] = Accumulator(0.0);
+      dp[t] = Accumulator(0.0);
+    }
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      Right k, v;
+      coopMatLoad(k, staged, keys_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = coopMatMulAdd(q[t][d], k, s[t]);
+      coopMatLoad(v, staged, values_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dp[t] = coopMatMulAdd(dout[t][d], v, dp[t]);
+    }
+
+    if (mixed) {
+      uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + g];
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+          uint row = subgroup_row(t) + element_row(i);
+          uint position = tile.first_position + row / TILE_HEADS;
+          uint key = granule == NO_GRANULE ? ABSENT : granule + element_column(i);
+          LaneScore score = lane_score(s[t][i], position, row % TILE_HEADS, key);
+          s[t][i] = score.log2_value;
+          if (TRANSFORMED) slope[t][i] = score.slope;
+        }
+      }
+    }
+
+    Left ds[ROW_TILES];
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+        uint r = t * LANE_ROWS + i / LANE_COLUMNS;
+        vec2 weight = exp2(vec2(fma(s[t][i], to_log2, -reference[r]),
+                                fma(s[t][i + 1], to_log2, -reference[r])));
+        vec2 gradient = score_gradients(weight, vec2(dp[t][i], dp[t][i + 1]), vec2(delta[r]), mixed);
+        if (TRANSFORMED) gradient *= vec2(slope[t][i], slope[t][i + 1]);
+        ElementPair pair = ElementPair(gradient);
+        ds[t][i] = pair.x;
+        ds[t][i + 1] = pair.y;
+      }
+    }
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      Right k;
+      coopMatLoad(k, staged, keys_start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
+    }
+    limit_overlap();
+  }
+  end_step(block);
+}
+
+void main() {
+  if (!locate_uniform_tile(tile)) return;
+  set_scores(tile.first_head);
+  to_log2 = score_factor();
+  View q_view = view_of(OPERAND_Q, tile.first_head, 1);
+  View dout_view = view_of(OPERAND_DOUT, tile.first_head, 1);
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    exchange_in(q_view, tile, t, negate_products());
+    barrier();
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      coopMatLoad(q[t][d], staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+    }
+    barrier();
+    exchange_in(dout_view, tile, t, false);
+    barrier();
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      coopMatLoad(dout[t][d], staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+      dq[t][d] = Accumulator(0.0);
+    }
+    barrier();
+  }
+  View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
+  View delta_view = view_of(OPERAND_DELTA, tile.first_head, 2);
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    uint row = subgroup_row(r / LANE_ROWS) + lane_row(r % LANE_ROWS), head = row % TILE_HEADS;
+    uint position = min(tile.first_position + row / TILE_HEADS, PARAMS.queries - 1);
+    reference[r] = weight_reference(load_float(lse_view.base, row_start(lse_view, position, head)));
+    delta[r] = load_float(delta_view.base, row_start(delta_view, position, head));
+  }
+
+  Walk walk = start_walk(tile);
+  uint block = 0;
+  for (; block < walk.full_blocks; ++block) attend_block(walk, block, false);
+  for (; block < walk.blocks; ++block) attend_block(walk, block, true);
+
+  View dq_view = view_of(OPERAND_DQ, tile.first_head, 1);
+  float factor = slope_factor() * truncation_gain();
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) dq[t][d][i] = rounded(dq[t][d][i] * factor);
+      coopMatStore(Rounded(dq[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+    }
+    barrier();
+    exchange_out(dq_view, tile, t);
+    barrier();
+  }
+}

@@ -1,0 +1,156 @@
+#version 460
+// Exact attention of a tile of queries to the keys on its work list, on cooperative matrices: out and
+// logsumexp. A subgroup keeps its rows of Q and O in registers; keys and values pass through shared
+// memory. The softmax is kept in powers of two.
+#include "common/coopmat_query_tile.glsl"
+
+// Granules scored at once, in registers.
+const uint PART_GRANULES = HEAD_DIM <= 64 ? 2 : 1;
+
+const float LOWEST = -1e38;  // finite: exp2(-INFINITY - LOWEST) is 0
+// The reference that weights are relative to follows the maximum of a row only when that has grown
+// by more than this. On random data it saved nearly all rescalings, a quarter of the time; weights
+// stay within float16.
+const float SLACK = 8.0;
+
+QueryTile tile;
+float to_log2;
+Left q[ROW_TILES][DIM_TILES];
+Accumulator o[ROW_TILES][DIM_TILES];
+float reference[ROWS], sum[ROWS];
+
+// Lets the references follow the maxima of the scores `top`.
+void rescale(float top[ROWS]) {
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    float next = max(reference[r], quad_max(top[r]) * to_log2);
+    float shrink = exp2(reference[r] - next);
+    reference[r] = next;
+    sum[r] *= shrink;
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+        o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c] *= shrink;
+      }
+    }
+  }
+}
+
+// `mixed` is known at compile time: full blocks need no branch.
+void attend_block(Walk walk, uint block, bool mixed) {
+  uint keys_start = stage_start(block), values_start = keys_start + OPERAND_VECTORS;
+  [[unroll]] for (uint part = 0; part < BLOCK_GRANULES; part += PART_GRANULES) {
+    start_part(walk, block, part, PART_GRANULES);
+    Accumulator s[ROW_TILES][PART_GRANULES];
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) s[t][g] = Accumulator(0.0);
+    }
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        Right k;
+        coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+      }
+    }
+    if (mixed) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+            uint row = subgroup_row(t) + element_row(i);
+            uint position = tile.first_position + row / TILE_HEADS;
+            uint key = granule == NO_GRANULE ? ABSENT : granule + element_column(i);
+            s[t][g][i] = lane_score(s[t][g][i], position, row % TILE_HEADS, key).log2_value;
+          }
+        }
+      }
+    }
+
+    float top[ROWS];
+    bool grown = false;
+    [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+      uint t = r / LANE_ROWS, first = r % LANE_ROWS * LANE_COLUMNS;
+      top[r] = s[t][0][first];
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) top[r] = max(top[r], s[t][g][first + c]);
+      }
+      grown = grown || top[r] * to_log2 > reference[r] + SLACK;
+    }
+    if (subgroupAny(grown)) rescale(top);
+
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+      Left p[ROW_TILES];
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+          uint r = t * LANE_ROWS + i / LANE_COLUMNS;
+          vec2 weight = exp2(vec2(fma(s[t][g][i], to_log2, -reference[r]),
+                                  fma(s[t][g][i + 1], to_log2, -reference[r])));
+          sum[r] += weight.x;
+          sum[r] += weight.y;
+          ElementPair pair = ElementPair(weight);
+          p[t][i] = pair.x;
+          p[t][i + 1] = pair.y;
+        }
+      }
+      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        Right v;
+        coopMatLoad(v, staged, values_start + (part + g) * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) o[t][d] = coopMatMulAdd(p[t], v, o[t][d]);
+      }
+    }
+    limit_overlap();
+  }
+  end_step(block);
+}
+
+void main() {
+  if (!locate_uniform_tile(tile)) return;
+  set_scores(tile.first_head);
+  to_log2 = score_factor();
+  View q_view = view_of(OPERAND_Q, tile.first_head, 1);
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    exchange_in(q_view, tile, t, negate_products());
+    barrier();
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      coopMatLoad(q[t][d], staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+      o[t][d] = Accumulator(0.0);
+    }
+    barrier();
+  }
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    reference[r] = LOWEST;
+    sum[r] = 0.0;
+  }
+
+  Walk walk = start_walk(tile);
+  uint block = 0;
+  for (; block < walk.full_blocks; ++block) attend_block(walk, block, false);
+  for (; block < walk.blocks; ++block) attend_block(walk, block, true);
+
+  View out_view = view_of(OPERAND_OUT, tile.first_head, 1);
+  View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
+  float gain = truncation_gain();
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {
+      uint r = t * LANE_ROWS + h;
+      uint row = subgroup_row(t) + lane_row(h);
+      uint position = tile.first_position + row / TILE_HEADS;
+      float total = quad_sum(sum[r]);
+      if (position < PARAMS.queries && gl_SubgroupInvocationID % 4 == 0) {
+        uint at = row_start(lse_view, position, row % TILE_HEADS);
+        float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference[r] + log2(total)) * LN_2;
+        Words(lse_view.base).word[at] = floatBitsToUint(lse);
+      }
+      float share = total == 0.0 ? 0.0 : gain / total;
+      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        [[unroll]] for (uint i = h * LANE_COLUMNS; i < (h + 1) * LANE_COLUMNS; ++i) {
+          o[t][d][i] = rounded(o[t][d][i] * share);
+        }
+      }
+    }
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      coopMatStore(Rounded(o[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+    }
+    barrier();
+    exchange_out(out_view, tile, t);
+    barrier();
+  }
+}

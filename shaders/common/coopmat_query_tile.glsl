@@ -1,0 +1,93 @@
+// The query tile of a *_coopmat kernel: its rows in and out, and the walk over the keys on its work
+// list.
+#include "common/coopmat_rounding.glsl"
+#include "common/coopmat_rows.glsl"
+#include "common/coopmat_scores.glsl"
+#include "common/query_tile.glsl"
+
+const uint ROWS = ROW_TILES * LANE_ROWS;  // of the tile, that a lane holds elements of
+
+// Rows that do not exist repeat the last one and are not stored.
+void exchange_in(View view, QueryTile tile, uint t, bool negate) {
+  [[unroll]] for (uint n = 0; n < EXCHANGES; ++n) {
+    uint row = subgroup_row(t) + exchange_row(n);
+    uint position = min(tile.first_position + row / TILE_HEADS, PARAMS.queries - 1);
+    uvec4 value = load_vector(view, row_start(view, position, row % TILE_HEADS), exchange_column());
+    if (negate) value ^= 0x80008000u;
+    if (is_staged(exchange_column())) staged[exchange_at(n)] = value;
+  }
+}
+
+void exchange_out(View view, QueryTile tile, uint t) {
+  [[unroll]] for (uint n = 0; n < EXCHANGES; ++n) {
+    uint row = subgroup_row(t) + exchange_row(n);
+    uint position = tile.first_position + row / TILE_HEADS;
+    if (position < PARAMS.queries && holds_data(exchange_column())) {
+      uint start = row_start(view, position, row % TILE_HEADS);
+      Quads(view.base).quad[start / 8 + exchange_column()] = staged[exchange_at(n)];
+    }
+  }
+}
+
+// locate_query_tile, with everything in uniform registers.
+bool locate_uniform_tile(out QueryTile tile) {
+  QueryTile found;
+  if (subgroupAny(!locate_query_tile(found))) return false;
+  tile = QueryTile(subgroupBroadcastFirst(found.first_position), subgroupBroadcastFirst(found.first_head),
+                   subgroupBroadcastFirst(found.kv_head), subgroupBroadcastFirst(found.list));
+  return true;
+}
+
+struct Walk {
+  Entries entries;
+  uint first_entry;
+  uint full_blocks;
+  uint blocks;
+  uint last_key;  // that is visible
+  Source keys;
+  Source values;
+};
+
+void name_block(Walk walk, uint block) {
+  name_granules(walk.entries, walk.first_entry + min(block, walk.blocks - 1) * BLOCK_GRANULES);
+}
+
+// Stages the first block.
+Walk start_walk(QueryTile tile) {
+  Walk walk;
+  walk.entries = Entries(subgroupBroadcastFirst(list_address(OPERAND_LISTS)));
+  walk.first_entry = tile.list.x;
+  // Transformed scores are evaluated one by one in every block.
+  walk.full_blocks = TRANSFORMED ? 0 : tile.list.y;
+  walk.blocks = tile.list.y + tile.list.z;
+  walk.last_key = subgroupBroadcastFirst(key_limit - 1);
+  walk.keys = source_of(view_of(OPERAND_K, tile.kv_head, 1));
+  walk.values = source_of(view_of(OPERAND_V, tile.kv_head, 1));
+  if (walk.blocks > 0) {
+    name_block(walk, 0);
+    fetch_keys(0, walk.keys, walk.last_key);
+    stage_rows(0, 0);
+    fetch_keys(1, walk.values, walk.last_key);
+    stage_rows(0, 1);
+    name_block(walk, 1);
+  }
+  barrier();
+  return walk;
+}
+
+// A step works on one block, in BLOCK_GRANULES / `granules` parts. Keys of the next block are fetched
+// during the first half of the parts, values during the second. After the last block it is the next one again:
+// one more fetch costs less than a branch around each.
+void start_part(Walk walk, uint block, uint granule, uint granules) {
+  if (granule == 0) fetch_keys(0, walk.keys, walk.last_key);
+  if (granule == BLOCK_GRANULES / granules / 2 * granules) {
+    stage_rows(block + 1, 0);
+    fetch_keys(1, walk.values, walk.last_key);
+    name_block(walk, block + 2);
+  }
+}
+
+void end_step(uint block) {
+  stage_rows(block + 1, 1);
+  barrier();
+}

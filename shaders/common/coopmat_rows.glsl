@@ -1,0 +1,124 @@
+// Rows of head_dim on their way between global memory, registers and padded shared memory, in
+// vectors of 16 bytes.
+//
+// The two operands of a block lie in one of two stages. While one stage is worked on, the next block
+// is on its way in registers, so that one barrier a step is enough. The kernels live at the limit of 255
+// registers a thread: what a loop keeps in a register and could do without costs a spill.
+#include "common/coopmat_types.glsl"
+#include "common/work_list.glsl"
+
+const uint SUBGROUPS = THREADS / 32;
+const uint ROW_TILES = TILE_ROWS / (16 * SUBGROUPS);  // 16-row tiles that a subgroup owns
+const uint DIM_TILES = (HEAD_DIM + 15) / 16;
+// Vectors of a row: as fetched (a power of two, so that a granule takes whole steps of the
+// workgroup), and from one staged row to the next (odd, so that eight rows meet all 32 banks).
+const uint VECTORS = HEAD_DIM <= 64 ? 8 : (HEAD_DIM <= 128 ? 16 : 32);
+const uint PITCH = 2 * DIM_TILES + 1;
+const uint FETCH_ROWS = THREADS / VECTORS;          // rows that the workgroup fetches at once
+const uint FETCHES = BLOCK_ROWS / FETCH_ROWS;
+
+const uint OPERAND_VECTORS = BLOCK_ROWS * PITCH;
+const uint STAGE_VECTORS = 2 * OPERAND_VECTORS;
+
+// Also holds 16 rows of each subgroup, before and after the walk of the work list.
+const uint EXCHANGE_VECTORS = SUBGROUPS * 16 * PITCH;
+shared uvec4 staged[2 * STAGE_VECTORS > EXCHANGE_VECTORS ? 2 * STAGE_VECTORS : EXCHANGE_VECTORS];
+
+uint stage_start(uint stage) { return (stage & 1) * STAGE_VECTORS; }
+
+// Read-only and not aliased: the compiler may move these loads over barriers.
+layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Vectors {
+  uvec4 vector[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer Entries {
+  uint entry[];
+};
+
+bool holds_data(uint column) { return HEAD_DIM == VECTORS * 8 || column * 8 < HEAD_DIM; }
+bool is_staged(uint column) { return VECTORS < PITCH || column < PITCH; }
+
+uvec4 load_vector(View view, uint start, uint column) {
+  return holds_data(column) ? Vectors(view.base).vector[start / 8 + column] : uvec4(0);
+}
+
+// One operand of the work list's rows, strides in vectors.
+struct Source {
+  uvec2 base;
+  uint row_stride;
+  uint head_stride;
+};
+
+uint fetch_row() { return gl_LocalInvocationIndex / VECTORS; }
+uint fetch_column() { return gl_LocalInvocationIndex % VECTORS; }
+
+// What all lanes share is said to be shared, so that it is kept in uniform registers: it saves a
+// kernel that is short of registers from spilling.
+Source source_of(View view) {
+  return Source(subgroupBroadcastFirst(view.base), subgroupBroadcastFirst(view.row_stride / 8),
+                subgroupBroadcastFirst(view.head_stride / 8));
+}
+
+uvec4 fetch(Source source, uint row_start) {
+  return holds_data(fetch_column()) ? Vectors(source.base).vector[row_start + fetch_column()]
+                                    : uvec4(0);
+}
+
+// The block on its way: its granules are named one step before its rows are fetched.
+uint next_granules[FETCHES];
+uvec4 next_rows[2][FETCHES];  // of the two operands
+
+// Where fetch n of this thread lies in the block: row in its granule, and the granule.
+uint fetch_granule_row(uint n) { return (n * FETCH_ROWS + fetch_row()) % GRANULE_ROWS; }
+uint fetch_granule(uint n) {
+  uint first = n * FETCH_ROWS / GRANULE_ROWS;
+  return FETCH_ROWS <= GRANULE_ROWS ? first : first + fetch_row() / GRANULE_ROWS;
+}
+
+void name_granules(Entries entries, uint first_entry) {
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    next_granules[n] = entries.entry[first_entry + fetch_granule(n)];
+  }
+}
+
+// Rows after the last visible one are replaced by others (NO_GRANULE wraps round to the first ones):
+// what they add with weight zero must be finite.
+void fetch_keys(uint operand, Source source, uint last_key) {
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    uint key = min(next_granules[n] + fetch_granule_row(n), last_key);
+    next_rows[operand][n] = fetch(source, key * source.row_stride);
+  }
+}
+
+void fetch_queries(uint operand, Source source, uint first_head, uint last_position) {
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    uint row = fetch_granule_row(n), head = first_head + row % TILE_HEADS;
+    uint position = min(next_granules[n] + row / TILE_HEADS, last_position);
+    uint start = position * source.row_stride + head * source.head_stride;
+    next_rows[operand][n] = fetch(source, start);
+  }
+}
+
+void stage_rows(uint stage, uint operand) {
+  uint start = stage_start(stage) + operand * OPERAND_VECTORS;
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    uint at = start + (n * FETCH_ROWS + fetch_row()) * PITCH + fetch_column();
+    if (is_staged(fetch_column())) staged[at] = next_rows[operand][n];
+  }
+}
+
+// Keeps the compiler from starting the matrix products after it before those in front of it are
+// done. Left free it overlaps so many that it spills; with this the kernel for dk and dv of head_dim
+// 128 went from 150 to 290 TFLOP/s.
+void limit_overlap() { subgroupMemoryBarrierShared(); }
+
+// Each subgroup passes its own rows, 16 at a time, through a part of `staged`: the rows of its tile
+// before the first block is staged, its results after the last. The caller puts barriers around.
+const uint EXCHANGES = 16 * VECTORS / 32;
+
+uint exchange_start() { return gl_SubgroupID * 16 * PITCH; }
+uint exchange_row(uint n) { return (n * 32 + gl_SubgroupInvocationID) / VECTORS; }
+uint exchange_column() { return gl_SubgroupInvocationID % VECTORS; }
+uint exchange_at(uint n) { return exchange_start() + exchange_row(n) * PITCH + exchange_column(); }
+
+// First row of 16-row tile t of this subgroup, in the workgroup's tile.
+uint subgroup_row(uint t) { return (gl_SubgroupID * ROW_TILES + t) * 16; }
