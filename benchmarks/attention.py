@@ -77,6 +77,11 @@ def measure(made: Pass, repeats: int) -> dict[str, float | None]:
     }
 
 
+def relative_error(x: np.ndarray, reference: np.ndarray) -> float:
+    """Returns ||x - reference|| / ||reference||."""
+    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
+
+
 def run_row(
     case: Case,
     contender: str,
@@ -95,7 +100,7 @@ def run_row(
         row["path"] = made.path()
         results = results if backward else (results,)
         row["errors"] = {
-            name: float(np.linalg.norm(first_head(case, name, x) - ref) / np.linalg.norm(ref))
+            name: relative_error(made.as_float32(first_head(case, name, x)), ref)
             for name, x, ref in zip(NAMES, results, expected, strict=False)
         }
         del results

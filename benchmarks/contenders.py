@@ -48,12 +48,14 @@ class Pass:
     Attributes:
       start: starts one and returns what to wait for: out, or (out, dq, dk, dv).
       wait: returns when that has been computed.
+      as_float32: turns a part of a result into a float32 array of NumPy.
       path: what computes it, read from what was compiled or has run.
       kernel_milliseconds: time the device spent on the last one that was waited for, or None.
     """
 
     start: Callable[[], Any]
     wait: Callable[[Any], Any]
+    as_float32: Callable[[Any], np.ndarray]
     path: Callable[[], str]
     kernel_milliseconds: Callable[[], float | None]
 
@@ -92,10 +94,9 @@ def reference(case: Case, arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.jit(with_gradients(naive))(*rounded)]
 
 
-def first_head(case: Case, name: str, result: Any) -> np.ndarray:
-    """The part of a result that `reference` gives, float32."""
-    group = case.heads // case.kv_heads
-    return np.asarray(result[0, :, : group if name in ("out", "dq") else 1].astype(jnp.float32))
+def first_head(case: Case, name: str, result: Any) -> Any:
+    """The part of a result [batch, length, heads, head_dim] that `reference` gives."""
+    return result[0, :, : case.heads // case.kv_heads if name in ("out", "dq") else 1]
 
 
 def jax_pass(attention: Callable[..., jax.Array], arrays: list[Any], backward: bool) -> Any:
@@ -104,6 +105,11 @@ def jax_pass(attention: Callable[..., jax.Array], arrays: list[Any], backward: b
     operands = arrays if backward else arrays[:3]
     compiled = jax.jit(function).lower(*operands).compile()
     return partial(compiled, *operands), compiled.as_text()
+
+
+def jax_float32(part: jax.Array) -> np.ndarray:
+    """`Pass.as_float32` of JAX."""
+    return np.asarray(part.astype(jnp.float32))
 
 
 def ours(case: Case, arrays: list[np.ndarray], backward: bool) -> Pass:
@@ -138,7 +144,7 @@ def ours(case: Case, arrays: list[np.ndarray], backward: bool) -> Pass:
         elapsed = dispatch().elapsed_milliseconds
         return None if elapsed is None else forward_milliseconds + elapsed
 
-    return Pass(start, jax.block_until_ready, path, kernel_milliseconds)
+    return Pass(start, jax.block_until_ready, jax_float32, path, kernel_milliseconds)
 
 
 def jax_nn(implementation: str, case: Case, arrays: list[np.ndarray], backward: bool) -> Pass:
@@ -150,7 +156,8 @@ def jax_nn(implementation: str, case: Case, arrays: list[np.ndarray], backward: 
     start, text = jax_pass(attention, operands, backward)
     if ("__cudnn$fmha" in text) != (implementation == "cudnn"):
         raise WrongPathError(f"jax.nn.dot_product_attention did not compile to {implementation}")
-    return Pass(start, jax.block_until_ready, lambda: f"jax.nn {implementation}", lambda: None)
+    path = f"jax.nn {implementation}"
+    return Pass(start, jax.block_until_ready, jax_float32, lambda: path, lambda: None)
 
 
 def torch_sdpa(backend: str, case: Case, arrays: list[np.ndarray], backward: bool) -> Pass:
@@ -164,7 +171,7 @@ def torch_sdpa(backend: str, case: Case, arrays: list[np.ndarray], backward: boo
 
     query, key, value, cotangent = (to_device(x) for x in arrays)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    restricted = partial(sdpa_kernel, [SDPBackend[backend]])
+    restricted = partial(sdpa_kernel, [getattr(SDPBackend, backend)])
 
     def start() -> Any:
         begin.record()
@@ -183,7 +190,13 @@ def torch_sdpa(backend: str, case: Case, arrays: list[np.ndarray], backward: boo
         torch.cuda.synchronize()
         return results
 
-    return Pass(start, wait, lambda: f"torch {backend}", lambda: begin.elapsed_time(end))
+    return Pass(
+        start,
+        wait,
+        lambda part: part.float().cpu().numpy(),
+        lambda: f"torch {backend}",
+        lambda: begin.elapsed_time(end),
+    )
 
 
 CONTENDERS: dict[str, Callable[[Case, list[np.ndarray], bool], Pass]] = {
