@@ -29,9 +29,10 @@ SWITCH = "JAX_AAT_DISABLE"
 _HARDWARE = ("discrete", "integrated", "virtual")
 
 # When the package is imported, so that an exported function that calls a target finds it.
-for _platform in () if _NO_NATIVE else ("cpu", "cuda"):
+# XLA knows the CUDA platform by its name in capitals only.
+for _platform, _name in () if _NO_NATIVE else (("cpu", "cpu"), ("cuda", "CUDA")):
     for _target, _handler in _native.registrations(_platform).items():
-        jax.ffi.register_ffi_target(_target, _handler, platform=_platform)
+        jax.ffi.register_ffi_target(_target, _handler, platform=_name)
 
 
 @dataclass(frozen=True)
