@@ -115,7 +115,12 @@ TimelinePoint Queue::Submit(std::unique_ptr<CommandSlot> slot, std::span<const T
   return done;
 }
 
-std::uint64_t Queue::Load() const { return last_value_ - device_.CounterValue(timeline_.get()); }
+std::uint64_t Queue::Load() const {
+  // The device can be done with a submission before Submit has noted it.
+  const std::uint64_t done = device_.CounterValue(timeline_.get());
+  const std::uint64_t submitted = last_value_;
+  return submitted > done ? submitted - done : 0;
+}
 
 void RecordBarrier(const Device& device, VkCommandBuffer commands, VkPipelineStageFlags2 from,
                    VkAccessFlags2 from_access, VkPipelineStageFlags2 to, VkAccessFlags2 to_access) {
