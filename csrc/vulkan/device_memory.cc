@@ -1,7 +1,5 @@
 #include "vulkan/device_memory.h"
 
-#include <bit>
-
 namespace jax_aat {
 namespace {
 
@@ -68,8 +66,9 @@ std::optional<DeviceMemory> DeviceMemory::ImportHost(const Device& device, void*
   }
   DeviceMemory memory(device, bytes, VkExternalMemoryHandleTypeFlags{kHandle});
   const VkMemoryRequirements needs = memory.Requirements();
-  const std::uint32_t types = needs.memoryTypeBits & host.memoryTypeBits;
-  if (types == 0 || needs.size > bytes) return std::nullopt;
+  const auto type = device.physical().MemoryType(VK_MEMORY_PROPERTY_HOST_COHERENT_BIT,
+                                                 needs.memoryTypeBits & host.memoryTypeBits);
+  if (!type || needs.size > bytes) return std::nullopt;
 
   const VkImportMemoryHostPointerInfoEXT import = {
       .sType = VK_STRUCTURE_TYPE_IMPORT_MEMORY_HOST_POINTER_INFO_EXT,
@@ -81,7 +80,7 @@ std::optional<DeviceMemory> DeviceMemory::ImportHost(const Device& device, void*
       .sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO,
       .pNext = &import,
       .allocationSize = bytes,
-      .memoryTypeIndex = static_cast<std::uint32_t>(std::countr_zero(types)),
+      .memoryTypeIndex = *type,
   };
   if (vk.AllocateMemory(device.handle(), &info, nullptr, memory.memory_.out()) != VK_SUCCESS) {
     return std::nullopt;
@@ -145,12 +144,9 @@ int DeviceMemory::ExportFd() const {
 }
 
 std::uint32_t DeviceMemory::DeviceLocalType() const {
-  const std::uint32_t allowed = Requirements().memoryTypeBits;
-  const VkPhysicalDeviceMemoryProperties& memory = device_->physical().memory;
-  for (std::uint32_t type = 0; type < memory.memoryTypeCount; ++type) {
-    const bool local = memory.memoryTypes[type].propertyFlags & VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT;
-    if (local && (allowed >> type & 1)) return type;
-  }
+  const auto type = device_->physical().MemoryType(VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT,
+                                                   Requirements().memoryTypeBits);
+  if (type) return *type;
   throw Error(ErrorKind::kUnavailable, "The device has no memory of its own to share.");
 }
 

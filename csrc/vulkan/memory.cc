@@ -20,16 +20,12 @@ constexpr VkMemoryPropertyFlags kCached = VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
 // finds room.
 constexpr std::uint64_t kSharesOfLimit = 16;
 
-// The first memory type that has all flags of the first choice that any type has. Vulkan orders
-// types with fewer flags first, and has a coherent mapped type always.
+// The memory type for the first choice of flags that any type has.
 std::uint32_t MemoryType(const Device& device,
                          std::initializer_list<VkMemoryPropertyFlags> choices) {
-  const VkPhysicalDeviceMemoryProperties& memory = device.physical().memory;
   const std::uint32_t allowed = DeviceMemory::BufferMemoryTypes(device);
   for (const VkMemoryPropertyFlags choice : choices) {
-    for (std::uint32_t i = 0; i < memory.memoryTypeCount; ++i) {
-      if ((allowed >> i & 1) && (memory.memoryTypes[i].propertyFlags & choice) == choice) return i;
-    }
+    if (const auto type = device.physical().MemoryType(choice, allowed)) return *type;
   }
   throw Error(ErrorKind::kUnavailable,
               Concat("The Vulkan device ", device.physical().name,
@@ -157,14 +153,18 @@ std::optional<MemoryPool::Range> MemoryManager::TryAllocate(MemoryPool& pool, st
       allocations >= max_allocations_) {
     return std::nullopt;
   }
-  try {
-    pool.Grow(bytes, std::min({limit_ - reserved, limit_ / kSharesOfLimit,
-                               device_.physical().max_allocation_bytes}));
-  } catch (const Error& error) {
-    if (error.kind() != ErrorKind::kOutOfMemory) throw;
-    return std::nullopt;
+  const std::uint64_t generous = std::min(
+      {limit_ - reserved, limit_ / kSharesOfLimit, device_.physical().max_allocation_bytes});
+  // Where the driver has no room for a generous chunk, it may have some for this block alone.
+  for (const std::uint64_t most : {generous, bytes}) {
+    try {
+      pool.Grow(bytes, most);
+      return pool.Allocate(bytes);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kOutOfMemory) throw;
+    }
   }
-  return pool.Allocate(bytes);
+  return std::nullopt;
 }
 
 void MemoryManager::Free(Purpose purpose, const MemoryPool::Range& range) {

@@ -88,7 +88,8 @@ void ProbeCooperativeMatrices(const InstanceTable& vk, FeatureChain& features,
                               PhysicalDevice& device) {
   DeviceTraits& traits = device.traits;
   if (!features.matrix.cooperativeMatrix || !features.vulkan12.vulkanMemoryModel ||
-      !traits.storage_16bit || traits.min_subgroup_size > 32 || traits.max_subgroup_size < 32) {
+      !features.vulkan12.shaderFloat16 || !traits.storage_16bit || traits.min_subgroup_size > 32 ||
+      traits.max_subgroup_size < 32) {
     return;
   }
   std::uint32_t count = 0;
@@ -106,7 +107,7 @@ void ProbeCooperativeMatrices(const InstanceTable& vk, FeatureChain& features,
              shape.scope == VK_SCOPE_SUBGROUP_KHR;
     });
   };
-  traits.coopmat_float16 = features.vulkan12.shaderFloat16 && has(VK_COMPONENT_TYPE_FLOAT16_KHR);
+  traits.coopmat_float16 = has(VK_COMPONENT_TYPE_FLOAT16_KHR);
   traits.coopmat_bfloat16 = features.bfloat16.shaderBFloat16Type &&
                             features.bfloat16.shaderBFloat16CooperativeMatrix &&
                             has(VK_COMPONENT_TYPE_BFLOAT16_KHR);
@@ -146,6 +147,15 @@ const char* DeviceKindName(DeviceKind kind) {
   return "other";
 }
 
+std::optional<std::uint32_t> PhysicalDevice::MemoryType(VkMemoryPropertyFlags flags,
+                                                        std::uint32_t allowed) const {
+  for (std::uint32_t type = 0; type < memory.memoryTypeCount; ++type) {
+    const bool has = (memory.memoryTypes[type].propertyFlags & flags) == flags;
+    if (has && (allowed >> type & 1)) return type;
+  }
+  return std::nullopt;
+}
+
 PhysicalDevice ProbePhysicalDevice(const InstanceTable& vk, VkPhysicalDevice handle,
                                    std::uint32_t index) {
   PhysicalDevice device;
@@ -177,7 +187,8 @@ PhysicalDevice ProbePhysicalDevice(const InstanceTable& vk, VkPhysicalDevice han
   device.uuid = Hexadecimal(probed.vulkan11.deviceUUID);
   device.driver_name = probed.vulkan12.driverName;
   device.driver_info = probed.vulkan12.driverInfo;
-  device.max_allocation_bytes = probed.vulkan11.maxMemoryAllocationSize;
+  device.max_allocation_bytes =
+      std::min(probed.vulkan11.maxMemoryAllocationSize, probed.vulkan13.maxBufferSize);
   device.host_import_alignment = probed.host.minImportedHostPointerAlignment;
   device.max_subgroups = probed.vulkan13.maxComputeWorkgroupSubgroups;
 

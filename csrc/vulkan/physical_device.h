@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -35,7 +36,7 @@ struct PhysicalDevice {
 
   VkPhysicalDeviceLimits limits = {};
   VkPhysicalDeviceMemoryProperties memory = {};
-  std::uint64_t max_allocation_bytes = 0;
+  std::uint64_t max_allocation_bytes = 0;   // of memory under one buffer
   std::uint64_t host_import_alignment = 0;  // 0: host memory cannot be imported
   std::uint32_t max_subgroups = 0;          // of a workgroup with a required subgroup size
   std::uint32_t queue_family = 0;
@@ -47,6 +48,9 @@ struct PhysicalDevice {
   bool HasExtension(const char* extension) const { return extensions.contains(extension); }
   // Host memory and device memory are the same.
   bool Unified() const { return kind == DeviceKind::kCpu || kind == DeviceKind::kIntegrated; }
+  // The first of the allowed memory types (one bit each) that has all the flags. Vulkan orders
+  // types with fewer flags first.
+  std::optional<std::uint32_t> MemoryType(VkMemoryPropertyFlags flags, std::uint32_t allowed) const;
 };
 
 PhysicalDevice ProbePhysicalDevice(const InstanceTable& vk, VkPhysicalDevice handle,
