@@ -6,7 +6,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "attention/dispatch_plan.h"
@@ -64,11 +63,7 @@ class CudaBridge {
 
 // The index of the Vulkan device that is the CUDA device with this identity.
 std::uint32_t DeviceIndex(const cuda::Uuid& uuid) {
-  std::string digits;
-  for (const unsigned char byte : uuid) {
-    constexpr char kDigits[] = "0123456789abcdef";
-    digits += {kDigits[byte >> 4], kDigits[byte & 15]};
-  }
+  const std::string digits = Hexadecimal(uuid);
   for (const PhysicalDevice& device : Runtime::Get().instance().devices()) {
     if (device.uuid == digits) return device.index;
   }
@@ -98,7 +93,8 @@ class CudaOperands {
     }
     if (copies_.empty()) return;
     if (state.staging == nullptr || state.staging->bytes() < staging_bytes) {
-      state.channel.WaitOnHost();  // rare: the copies of earlier calls use the smaller buffer
+      // Rare: the work and the copies of earlier calls use the smaller buffer.
+      state.channel.WaitOnHost();
       state.staging.reset();
       state.staging = std::make_unique<CudaStaging>(device, std::bit_ceil(staging_bytes));
     }

@@ -9,7 +9,7 @@
 #include <functional>
 
 #include "interop/cuda_driver.h"
-#include "vulkan/device.h"
+#include "vulkan/device_handle.h"
 
 namespace jax_aat {
 
@@ -25,13 +25,13 @@ class CudaChannel {
   void Turn(
       const std::function<void(const TimelinePoint& ready, const TimelinePoint& done)>& submit);
 
-  // Until the work of all turns is done.
-  void WaitOnHost() const { device_.Wait({timeline_, value_}); }
+  // Until the work of all turns is done, and what the stream was given after them.
+  void WaitOnHost() const;
 
  private:
   const Device& device_;
   const cuda::Stream stream_;
-  VkSemaphore timeline_ = VK_NULL_HANDLE;
+  SemaphoreHandle timeline_;
   cuda::ExternalSemaphore imported_ = nullptr;
   std::uint64_t value_ = 0;
 };

@@ -24,10 +24,9 @@ enum PointerAttribute : int {
   kMemoryBlockId = 20,
 };
 
-constexpr int kPosixFileDescriptor = 1;   // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-constexpr int kOpaqueFd = 1;              // CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
-constexpr int kTimelineSemaphoreFd = 9;   // CU_EXTERNAL_SEMAPHORE_HANDLE_TYPE_TIMELINE_SEMAPHORE_FD
-constexpr unsigned kDedicatedMemory = 1;  // CUDA_EXTERNAL_MEMORY_DEDICATED
+constexpr int kPosixFileDescriptor = 1;  // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+constexpr int kOpaqueFd = 1;             // CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
+constexpr int kTimelineSemaphoreFd = 9;  // CU_EXTERNAL_SEMAPHORE_HANDLE_TYPE_TIMELINE_SEMAPHORE_FD
 
 struct ExternalHandle {
   int type;
@@ -72,6 +71,7 @@ struct ExternalSemaphoreParams {
 #define JAX_AAT_CUDA_FUNCTIONS(X)                                                           \
   X(GetErrorString, "cuGetErrorString", Result (*)(Result, const char**))                   \
   X(StreamGetContext, "cuStreamGetCtx", Result (*)(Stream, Context*))                       \
+  X(SynchronizeStream, "cuStreamSynchronize", Result (*)(Stream))                           \
   X(PushContext, "cuCtxPushCurrent_v2", Result (*)(Context))                                \
   X(PopContext, "cuCtxPopCurrent_v2", Result (*)(Context*))                                 \
   X(GetDevice, "cuCtxGetDevice", Result (*)(int*))                                          \

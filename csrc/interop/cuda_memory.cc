@@ -1,8 +1,7 @@
 #include "interop/cuda_memory.h"
 
-#include <unistd.h>
-
 #include <array>
+#include <utility>
 
 #include "vulkan/logging.h"
 #include "vulkan/text.h"
@@ -32,14 +31,12 @@ std::optional<DeviceMemory> CudaMemory::Import(const Mapping& mapping) {
   if (driver.RetainAllocation(&allocation, reinterpret_cast<void*>(mapping.base)) != 0) {
     return std::nullopt;
   }
-  int fd = -1;
+  FileDescriptor fd;
   const cuda::Result exported =
-      driver.ExportAllocation(&fd, allocation, cuda::kPosixFileDescriptor, 0);
+      driver.ExportAllocation(fd.out(), allocation, cuda::kPosixFileDescriptor, 0);
   driver.ReleaseAllocation(allocation);
   if (exported != 0) return std::nullopt;
-  std::optional<DeviceMemory> memory = DeviceMemory::ImportFd(device_, fd, mapping.bytes);
-  if (!memory.has_value()) close(fd);
-  return memory;
+  return DeviceMemory::ImportFd(device_, std::move(fd), mapping.bytes);
 }
 
 std::optional<VkDeviceAddress> CudaMemory::Find(cuda::DevicePointer pointer, std::uint64_t bytes) {
@@ -56,13 +53,6 @@ std::optional<VkDeviceAddress> CudaMemory::Find(cuda::DevicePointer pointer, std
   }
   if (!found->second.has_value()) return std::nullopt;
   return found->second->address() + (pointer - mapping.base);
-}
-
-std::uint64_t CudaMemory::imports() {
-  const std::lock_guard lock(mutex_);
-  std::uint64_t count = 0;
-  for (const auto& [block, memory] : blocks_) count += memory.has_value();
-  return count;
 }
 
 }  // namespace jax_aat

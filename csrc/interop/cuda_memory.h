@@ -20,8 +20,6 @@ class CudaMemory {
   // allocation cannot be imported and must be copied.
   std::optional<VkDeviceAddress> Find(cuda::DevicePointer pointer, std::uint64_t bytes);
 
-  std::uint64_t imports();
-
  private:
   struct Mapping {
     cuda::DevicePointer base = 0;

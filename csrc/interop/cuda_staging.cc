@@ -5,12 +5,13 @@ namespace jax_aat {
 CudaStaging::CudaStaging(const Device& device, std::uint64_t bytes)
     : memory_(DeviceMemory::Exportable(device, bytes)) {
   const cuda::Driver& driver = cuda::Driver::Get();
+  FileDescriptor fd = memory_.ExportFd();
   const cuda::ExternalMemoryHandleDesc handle = {
-      // The import takes the file descriptor over.
-      .handle = {.type = cuda::kOpaqueFd, .fd = memory_.ExportFd()},
+      .handle = {.type = cuda::kOpaqueFd, .fd = fd.get()},
       .size = memory_.allocated_bytes(),
   };
   driver.Check(driver.ImportMemory(&imported_, &handle), "cuImportExternalMemory");
+  fd.Release();
   const cuda::ExternalMemoryBufferDesc range = {.size = bytes};
   const cuda::Result mapped = driver.MapMemory(&pointer_, imported_, &range);
   if (mapped != 0) driver.DestroyMemory(imported_);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include "interop/cuda_driver.h"
 #include "vulkan/device_memory.h"

@@ -89,7 +89,7 @@ std::optional<DeviceMemory> DeviceMemory::ImportHost(const Device& device, void*
   return memory;
 }
 
-std::optional<DeviceMemory> DeviceMemory::ImportFd(const Device& device, int fd,
+std::optional<DeviceMemory> DeviceMemory::ImportFd(const Device& device, FileDescriptor fd,
                                                    std::uint64_t bytes) {
   DeviceMemory memory(device, bytes, VkExternalMemoryHandleTypeFlags{kFdHandle});
   if (memory.Requirements().size > bytes) return std::nullopt;
@@ -97,7 +97,7 @@ std::optional<DeviceMemory> DeviceMemory::ImportFd(const Device& device, int fd,
       .sType = VK_STRUCTURE_TYPE_IMPORT_MEMORY_FD_INFO_KHR,
       .pNext = &kDeviceAddress,
       .handleType = kFdHandle,
-      .fd = fd,
+      .fd = fd.get(),
   };
   const VkMemoryAllocateInfo info = {
       .sType = VK_STRUCTURE_TYPE_MEMORY_ALLOCATE_INFO,
@@ -109,6 +109,7 @@ std::optional<DeviceMemory> DeviceMemory::ImportFd(const Device& device, int fd,
       VK_SUCCESS) {
     return std::nullopt;
   }
+  fd.Release();
   memory.Bind();
   return memory;
 }
@@ -132,14 +133,15 @@ DeviceMemory DeviceMemory::Exportable(const Device& device, std::uint64_t bytes)
   return memory;
 }
 
-int DeviceMemory::ExportFd() const {
+FileDescriptor DeviceMemory::ExportFd() const {
   const VkMemoryGetFdInfoKHR info = {
       .sType = VK_STRUCTURE_TYPE_MEMORY_GET_FD_INFO_KHR,
       .memory = memory_.get(),
       .handleType = kFdHandle,
   };
-  int fd = -1;
-  device_->Check(device_->vk().GetMemoryFdKHR(device_->handle(), &info, &fd), "vkGetMemoryFdKHR");
+  FileDescriptor fd;
+  device_->Check(device_->vk().GetMemoryFdKHR(device_->handle(), &info, fd.out()),
+                 "vkGetMemoryFdKHR");
   return fd;
 }
 

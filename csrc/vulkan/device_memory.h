@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "vulkan/device_handle.h"
+#include "vulkan/file_descriptor.h"
 
 namespace jax_aat {
 
@@ -18,13 +19,13 @@ class DeviceMemory {
   // the device's host_import_alignment.
   static std::optional<DeviceMemory> ImportHost(const Device& device, void* pages,
                                                 std::uint64_t bytes);
-  // Imports device-local memory that another API exported, and takes `fd` over; empty, and `fd` is
-  // still the caller's, where the driver refuses it.
-  static std::optional<DeviceMemory> ImportFd(const Device& device, int fd, std::uint64_t bytes);
+  // Imports device-local memory that another API exported; empty where the driver refuses it.
+  static std::optional<DeviceMemory> ImportFd(const Device& device, FileDescriptor fd,
+                                              std::uint64_t bytes);
   // Fresh device-local memory that ExportFd shares.
   static DeviceMemory Exportable(const Device& device, std::uint64_t bytes);
-  // A new file descriptor of Exportable memory, which its importer owns.
-  int ExportFd() const;
+  // A new file descriptor of Exportable memory.
+  FileDescriptor ExportFd() const;
 
   VkBuffer buffer() const { return buffer_.get(); }
   VkDeviceAddress address() const { return address_; }

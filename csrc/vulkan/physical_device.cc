@@ -1,7 +1,6 @@
 #include "vulkan/physical_device.h"
 
 #include <algorithm>
-#include <span>
 
 #include "vulkan/features.h"
 #include "vulkan/status.h"
@@ -36,16 +35,6 @@ DeviceKind KindOf(VkPhysicalDeviceType type) {
     default:
       return DeviceKind::kOther;
   }
-}
-
-std::string Hexadecimal(std::span<const std::uint8_t> bytes) {
-  constexpr char kDigits[] = "0123456789abcdef";
-  std::string text;
-  for (const std::uint8_t byte : bytes) {
-    text += kDigits[byte >> 4];
-    text += kDigits[byte & 15];
-  }
-  return text;
 }
 
 void ProbeExtensions(const InstanceTable& vk, PhysicalDevice& device) {
