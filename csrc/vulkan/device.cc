@@ -67,8 +67,7 @@ void Device::RequireAlive() const {
   throw Error(ErrorKind::kUnavailable,
               Concat("The Vulkan device ", physical_.name,
                      " was lost (a reset by the driver, or a kernel that ran too long). This call "
-                     "failed; the next one starts the device anew."),
-              VK_ERROR_DEVICE_LOST);
+                     "failed; the next one starts the device anew."));
 }
 
 std::uint64_t Device::CounterValue(VkSemaphore timeline) const {

@@ -118,8 +118,7 @@ void Instance::Create() {
   }
   const VkResult result = global_.CreateInstance(&info, nullptr, &handle_);
   if (result == VK_ERROR_INCOMPATIBLE_DRIVER) {
-    throw Error(ErrorKind::kUnavailable, Concat("No Vulkan driver was found. ", kInstallDriver),
-                result);
+    throw Error(ErrorKind::kUnavailable, Concat("No Vulkan driver was found. ", kInstallDriver));
   }
   Check(result, "vkCreateInstance");
   vk_ = LoadInstanceTable(global_, handle_);

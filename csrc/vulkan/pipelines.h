@@ -16,9 +16,6 @@
 
 namespace jax_aat {
 
-// Push constants of every module: a device address and, where a module has them, two words more.
-inline constexpr std::uint32_t kPushBytes = 16;
-
 class Pipelines {
  public:
   explicit Pipelines(const Device& device);

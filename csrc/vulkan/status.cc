@@ -3,6 +3,7 @@
 #include "vulkan/text.h"
 
 namespace jax_aat {
+namespace {
 
 const char* ResultName(VkResult result) {
   switch (result) {
@@ -33,6 +34,8 @@ const char* ResultName(VkResult result) {
   }
 }
 
+}  // namespace
+
 void Check(VkResult result, const char* operation) {
   if (result >= 0) return;
   const std::string words =
@@ -41,13 +44,13 @@ void Check(VkResult result, const char* operation) {
     case VK_ERROR_OUT_OF_HOST_MEMORY:
     case VK_ERROR_OUT_OF_DEVICE_MEMORY:
     case VK_ERROR_TOO_MANY_OBJECTS:
-      throw Error(ErrorKind::kOutOfMemory, words, result);
+      throw Error(ErrorKind::kOutOfMemory, words);
     case VK_ERROR_DEVICE_LOST:
     case VK_ERROR_INITIALIZATION_FAILED:
     case VK_ERROR_INCOMPATIBLE_DRIVER:
-      throw Error(ErrorKind::kUnavailable, words, result);
+      throw Error(ErrorKind::kUnavailable, words);
     default:
-      throw Error(ErrorKind::kInternal, words, result);
+      throw Error(ErrorKind::kInternal, words);
   }
 }
 

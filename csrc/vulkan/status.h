@@ -1,4 +1,4 @@
-// Failures inside the runtime: one exception that carries Vulkan's result and words for the user.
+// Failures inside the runtime: one exception that carries words for the user.
 #pragma once
 
 #include <stdexcept>
@@ -17,18 +17,13 @@ enum class ErrorKind {
 
 class Error : public std::runtime_error {
  public:
-  Error(ErrorKind kind, const std::string& words, VkResult result = VK_SUCCESS)
-      : std::runtime_error(words), kind_(kind), result_(result) {}
+  Error(ErrorKind kind, const std::string& words) : std::runtime_error(words), kind_(kind) {}
 
   ErrorKind kind() const { return kind_; }
-  VkResult result() const { return result_; }
 
  private:
   ErrorKind kind_;
-  VkResult result_;
 };
-
-const char* ResultName(VkResult result);
 
 // Throws an Error of the fitting kind unless the result is a success code.
 void Check(VkResult result, const char* operation);
