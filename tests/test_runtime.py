@@ -288,6 +288,45 @@ def test_pipeline_cache_is_written_used_and_survives_damage(tmp_path):
     assert "damaged" not in process.stderr
 
 
+def test_no_pipelines_are_kept_where_no_folder_is_known(tmp_path):
+    code = f"""
+        import os
+        os.chdir({str(tmp_path)!r})
+        attend(*inputs())[0].block_until_ready()
+        assert _native.cache_path() == ""
+        assert os.listdir() == []
+    """
+    assert_succeeds(run_python(code, JAX_AAT_CACHE_DIR="", XDG_CACHE_HOME="", HOME=""))
+
+
+def test_forked_process_is_told_and_ends():
+    # What becomes of JAX itself in a process that was forked and exits is not the point.
+    code = """
+        import os, signal, sys
+        arrays = inputs()
+        attend(*arrays)[0].block_until_ready()
+
+        def status_of(child):
+            process = os.fork()
+            if process == 0:
+                signal.alarm(30)
+                child()
+            return os.waitpid(process, 0)[1]
+
+        def call():
+            try:
+                attend(*arrays)[0].block_until_ready()
+            except CALL_FAILURES as error:
+                os._exit(0 if "UNAVAILABLE: This process was forked" in str(error) else 2)
+            os._exit(3)
+
+        assert status_of(call) == 0
+        assert os.WTERMSIG(status_of(sys.exit)) != signal.SIGALRM
+        attend(*arrays)[0].block_until_ready()
+    """
+    assert_succeeds(run_python(code))
+
+
 def test_words_without_a_loader(tmp_path):
     (tmp_path / "libvulkan.so.1").touch()
     code = """

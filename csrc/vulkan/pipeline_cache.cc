@@ -60,7 +60,8 @@ std::filesystem::path CacheDirectory() {
   if (const std::string base = Environment("XDG_CACHE_HOME"); !base.empty()) {
     return std::filesystem::path(base) / "jax_aat";
   }
-  return std::filesystem::path(Environment("HOME")) / ".cache" / "jax_aat";
+  const std::string home = Environment("HOME");
+  return home.empty() ? std::filesystem::path() : std::filesystem::path(home) / ".cache/jax_aat";
 }
 
 std::vector<char> ReadFile(const std::filesystem::path& path) {
@@ -83,10 +84,12 @@ std::vector<char> ReadFile(const std::filesystem::path& path) {
 }  // namespace
 
 std::filesystem::path PipelineCachePath(const PhysicalDevice& device) {
+  const std::filesystem::path directory = CacheDirectory();
+  if (directory.empty()) return {};
   std::ostringstream name;
   name << device.uuid << '-' << std::hex << device.driver_version << '-' << ShadersHash()
        << ".pipelines";
-  return CacheDirectory() / name.str();
+  return directory / name.str();
 }
 
 PipelineCache::PipelineCache(const Device& device)
@@ -103,6 +106,7 @@ PipelineCache::PipelineCache(const Device& device)
 }
 
 void PipelineCache::Save() {
+  if (path_.empty()) return;
   const std::lock_guard lock(mutex_);
   std::size_t bytes = 0;
   const auto get = [&](void* data) {

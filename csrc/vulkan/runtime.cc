@@ -1,5 +1,7 @@
 #include "vulkan/runtime.h"
 
+#include <unistd.h>
+
 #include "vulkan/text.h"
 
 namespace jax_aat {
@@ -27,6 +29,11 @@ void Runtime::set_default_device(std::uint32_t index) {
 }
 
 std::shared_ptr<Context> Runtime::Acquire(std::uint32_t device) {
+  if (Forked()) {
+    throw Error(ErrorKind::kUnavailable,
+                "This process was forked off one that uses Vulkan already, which drivers do not "
+                "survive: start it by spawn (multiprocessing.get_context('spawn')).");
+  }
   const std::lock_guard lock(mutex_);
   std::shared_ptr<Context>& context = contexts_[device];
   if (context != nullptr && context->device().lost()) {
@@ -35,6 +42,7 @@ std::shared_ptr<Context> Runtime::Acquire(std::uint32_t device) {
   }
   if (context == nullptr) {
     context = std::make_shared<Context>(InstanceLocked(), PhysicalLocked(device));
+    process_ = getpid();
   }
   return context;
 }
@@ -46,9 +54,12 @@ std::shared_ptr<Context> Runtime::Existing(std::uint32_t device) {
 }
 
 void Runtime::Shutdown() {
+  if (Forked()) return;
   const std::lock_guard lock(mutex_);
   contexts_.clear();
 }
+
+bool Runtime::Forked() const { return process_ != 0 && process_ != getpid(); }
 
 const Instance& Runtime::InstanceLocked() {
   if (instance_failure_) throw *instance_failure_;

@@ -1,6 +1,9 @@
 // The process-wide entry: the instance, the chosen device, a context a device.
 #pragma once
 
+#include <sys/types.h>
+
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -31,6 +34,7 @@ class Runtime {
   // The context of a device if there is one.
   std::shared_ptr<Context> Existing(std::uint32_t device);
 
+  // Drops all contexts. Does nothing in a forked process, which owns none.
   void Shutdown();
 
  private:
@@ -38,6 +42,11 @@ class Runtime {
   const Instance& InstanceLocked();
   const PhysicalDevice& PhysicalLocked(std::uint32_t index);
 
+  // Whether the process was forked off one that has contexts, which are of no use here: drivers'
+  // threads do not survive a fork.
+  bool Forked() const;
+
+  std::atomic<pid_t> process_ = 0;  // the one that made the first context; 0: none yet
   std::mutex mutex_;
   std::unique_ptr<Instance> instance_;
   std::optional<Error> instance_failure_;
