@@ -3,7 +3,7 @@
 // workgroup owns TILE_ROWS x BLOCK_ROWS of the gradient and walks all that is summed in a fixed
 // order, so that the sums are the same every time. TILE_HEADS is 1 here.
 #define SCORE_PLANES 3
-#define CONTIGUOUS_BLOCKS
+#define TILE_PLANES 1
 #define STORE_16_BITS
 #include "common/query_kernel.glsl"
 #include "common/score_gradient.glsl"
@@ -31,7 +31,7 @@ uint coordinate(bool summed, uint extent, inout uint owned, inout uint term) {
 // sum has such a term.
 Place locate(inout uint owned, inout uint term) {
   Place place;
-  uint blocks = divide_up(PARAMS.keys, BLOCK_ROWS), tiles = divide_up(PARAMS.queries, TILE_ROWS);
+  uint blocks = divide_up(call.keys, BLOCK_ROWS), tiles = divide_up(call.queries, TILE_ROWS);
   bool summed = PARAMS.operand[OPERAND_DBIAS].column_stride == 0;
   place.first_key = coordinate(summed, blocks, owned, term) * BLOCK_ROWS;
   summed = PARAMS.operand[OPERAND_DBIAS].row_stride == 0;
@@ -67,25 +67,24 @@ void add_term(Place place) {
   set_scores(place.head);
   uint kv_head = place.head / (PARAMS.query_heads / PARAMS.kv_heads);
   uvec2 positions =
-      uvec2(place.first_position, min(place.first_position + TILE_ROWS, PARAMS.queries));
-  uvec2 keys = uvec2(place.first_key, min(place.first_key + BLOCK_ROWS, PARAMS.keys));
+      uvec2(place.first_position, min(place.first_position + TILE_ROWS, call.queries));
+  uvec2 keys = uvec2(place.first_key, min(place.first_key + BLOCK_ROWS, call.keys));
   if (classify_positions(positions, keys) == TILE_HIDDEN) return;
+  set_contiguous_block(place.first_key);
   float products[THREAD_SCORES], value_products[THREAD_SCORES];
   clear(products);
   clear(value_products);
   multiply_query_key(products, view_of(OPERAND_Q, place.head, LOG2_BYTES),
-                     view_of(OPERAND_K, kv_head, LOG2_BYTES), place.first_position,
-                     place.first_key, false);
+                     view_of(OPERAND_K, kv_head, LOG2_BYTES), place.first_position, 0, false);
   if (has(FEATURE_DOUT)) {
     multiply_query_key(value_products, view_of(OPERAND_DOUT, place.head, LOG2_BYTES),
-                       view_of(OPERAND_V, kv_head, LOG2_BYTES), place.first_position,
-                       place.first_key, false);
+                       view_of(OPERAND_V, kv_head, LOG2_BYTES), place.first_position, 0, false);
   }
   put_products(products, 0);
   put_products(value_products, 1);
   barrier();
   uint row = gl_LocalInvocationID.x, position = place.first_position + row;
-  if (row < TILE_ROWS && position < PARAMS.queries) {
+  if (row < TILE_ROWS && position < call.queries) {
     QueryState state = load_query_state(view_of(OPERAND_LSE, place.head, 2),
                                         view_of(OPERAND_DELTA, place.head, 2), position, 0);
     add_row(row, position, place.first_key, state);
@@ -98,8 +97,8 @@ void add_term(Place place) {
 void store_sums(Place place) {
   View view = view_of(OPERAND_DBIAS, place.head, BIAS_LOG2_BYTES);
   uint self = gl_LocalInvocationID.x;
-  uint rows = min(TILE_ROWS, PARAMS.queries - place.first_position);
-  uint columns = min(BLOCK_ROWS, PARAMS.keys - place.first_key);
+  uint rows = min(TILE_ROWS, call.queries - place.first_position);
+  uint columns = min(BLOCK_ROWS, call.keys - place.first_key);
   if (view.row_stride == 0) {
     for (uint column = self; column < BLOCK_ROWS; column += THREADS) {
       float sum = 0.0;
@@ -127,6 +126,7 @@ void store_sums(Place place) {
 }
 
 void main() {
+  load_call();
   uint owned = workgroup_index(), term = 0;
   Place place = locate(owned, term);
   if (owned != 0) return;

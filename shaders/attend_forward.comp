@@ -2,6 +2,7 @@
 // Exact attention of a tile of queries to the keys on its work list: out and logsumexp, by online
 // softmax in float32.
 #define SCORE_PLANES 1
+#define TILE_PLANES 1
 #include "common/query_kernel.glsl"
 
 shared float row_factor[TILE_ROWS];
@@ -11,11 +12,11 @@ float row_maximum = -INFINITY;
 float row_sum = 0.0;
 
 // Turns the products of a row into weights; row_factor gets what earlier sums must be scaled by.
-void update_row(uint row, uint position, uint block, bool mixed) {
+void update_row(uint row, uint position, bool mixed) {
   float maximum = row_maximum;
   for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
     vec4 value = scores[row * SCORE_STRIDE + quad];
-    uint key = block_key(block, quad * 4);
+    uint key = block_key(quad * 4);
     [[unroll]] for (uint i = 0; i < 4; ++i) {
       value[i] = score_of(value[i], position, row % TILE_HEADS, key + i, mixed).value;
       maximum = max(maximum, value[i]);
@@ -65,23 +66,23 @@ void main() {
   View v = view_of(OPERAND_V, tile.kv_head, LOG2_BYTES);
   uint row = gl_LocalInvocationID.x;
   uint position = tile.first_position + row / TILE_HEADS;
-  bool owns_row = row < TILE_ROWS && position < PARAMS.queries;
+  bool owns_row = row < TILE_ROWS && position < call.queries;
   if (row < TILE_ROWS) row_factor[row] = 0.0;
   vec4 sums[ACCUMULATORS];
   [[unroll]] for (uint i = 0; i < ACCUMULATORS; ++i) sums[i] = vec4(0);
 
   for (uint i = 0; i < tile.list.y + tile.list.z; ++i) {
-    uint block = tile.list.x + i * BLOCK_GRANULES;
+    load_block(OPERAND_LISTS, tile.list.x + i * BLOCK_GRANULES);
     bool mixed = i >= tile.list.y;
     float products[THREAD_SCORES];
     clear(products);
-    multiply_query_key(products, q, k, tile.first_position, block, i > 0);
+    multiply_query_key(products, q, k, tile.first_position, 0, i > 0);
     put_products(products, 0);
     barrier();
-    if (owns_row) update_row(row, position, block, mixed);
+    if (owns_row) update_row(row, position, mixed);
     barrier();
     scale_sums(sums);
-    multiply_key_block(sums, v, block, 0, mixed || has(FEATURE_BIAS));
+    multiply_key_block(sums, v, 0, mixed || has(FEATURE_BIAS), false);
   }
 
   barrier();

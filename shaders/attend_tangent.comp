@@ -3,6 +3,7 @@
 //   P = exp(s - logsumexp), dS = slope (dq . k + q . dk) + dbias, m = sum P dS,
 //   dlogsumexp = m, dout = sum P (dS v + dv) - m out.
 #define SCORE_PLANES 2
+#define TILE_PLANES 2
 #include "common/query_kernel.glsl"
 
 shared float row_tangent[TILE_ROWS];  // m
@@ -10,13 +11,13 @@ shared float row_tangent[TILE_ROWS];  // m
 View bias_tangent_view;
 
 // From the products of a row (plane 0) and their tangents (plane 1) to P and P dS.
-float update_row(uint row, uint position, uint block, bool mixed, float logsumexp) {
+float update_row(uint row, uint position, bool mixed, float logsumexp) {
   float tangent = 0.0;
   uint head = row % TILE_HEADS;
   for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
     uint index = row * SCORE_STRIDE + quad;
     vec4 weight = scores[index], weighted = scores[SCORE_PLANE + index];
-    uint key = block_key(block, quad * 4);
+    uint key = block_key(quad * 4);
     [[unroll]] for (uint i = 0; i < 4; ++i) {
       Score score = score_of(weight[i], position, head, key + i, mixed);
       weight[i] = probability(score.value, logsumexp);
@@ -39,7 +40,7 @@ float update_row(uint row, uint position, uint block, bool mixed, float logsumex
 // sums -= m out.
 void subtract_mean(inout vec4 sums[ACCUMULATORS], View out_view, uint first_position) {
   [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-    uint start = query_row_start(out_view, first_position, thread_row(i));
+    uint start = tile_row_start(out_view, first_position, thread_row(i));
     if (start == ABSENT_ROW) continue;
     float mean = row_tangent[thread_row(i)];
     [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
@@ -68,7 +69,7 @@ void main() {
   }
   uint row = gl_LocalInvocationID.x;
   uint position = tile.first_position + row / TILE_HEADS;
-  bool owns_row = row < TILE_ROWS && position < PARAMS.queries;
+  bool owns_row = row < TILE_ROWS && position < call.queries;
   float logsumexp = 0.0, tangent = 0.0;
   if (owns_row) {
     logsumexp =
@@ -78,25 +79,25 @@ void main() {
   [[unroll]] for (uint i = 0; i < ACCUMULATORS; ++i) sums[i] = vec4(0);
 
   for (uint i = 0; i < tile.list.y + tile.list.z; ++i) {
-    uint block = tile.list.x + i * BLOCK_GRANULES;
+    load_block(OPERAND_LISTS, tile.list.x + i * BLOCK_GRANULES);
     bool mixed = i >= tile.list.y;
     bool guard = mixed || has(FEATURE_BIAS);
     float products[THREAD_SCORES], changes[THREAD_SCORES];
     clear(products);
     clear(changes);
-    multiply_query_key(products, q, k, tile.first_position, block, i > 0 && !has(FEATURE_DQ));
+    multiply_query_key(products, q, k, tile.first_position, 0, i > 0);
     if (has(FEATURE_DK)) {
-      multiply_query_key(changes, q, dk, tile.first_position, block, true);
+      multiply_query_key(changes, q, dk, tile.first_position, 0, true);
     }
     if (has(FEATURE_DQ)) {
-      multiply_query_key(changes, dq, k, tile.first_position, block, false);
+      multiply_query_key(changes, dq, k, tile.first_position, 1, i > 0);
     }
     put_products(products, 0);
     put_products(changes, 1);
     barrier();
-    if (owns_row) tangent += update_row(row, position, block, mixed, logsumexp);
-    if (has(FEATURE_DV)) multiply_key_block(sums, dv, block, 0, guard);
-    if (has(FEATURE_DQ | FEATURE_DK | FEATURE_DBIAS)) multiply_key_block(sums, v, block, 1, guard);
+    if (owns_row) tangent += update_row(row, position, mixed, logsumexp);
+    if (has(FEATURE_DV)) multiply_key_block(sums, dv, 0, guard, false);
+    if (has(FEATURE_DQ | FEATURE_DK | FEATURE_DBIAS)) multiply_key_block(sums, v, 1, guard, false);
   }
 
   if (owns_row) {

@@ -15,8 +15,8 @@ struct Sizes {
 
 Sizes list_sizes() {
   return TRANSPOSED != 0
-             ? Sizes(TILE_ROWS, PARAMS.keys, GRANULE_POSITIONS, PARAMS.queries)
-             : Sizes(TILE_ROWS / TILE_HEADS, PARAMS.queries, GRANULE_ROWS, PARAMS.keys);
+             ? Sizes(TILE_ROWS, call.keys, GRANULE_POSITIONS, call.queries)
+             : Sizes(TILE_ROWS / TILE_HEADS, call.queries, GRANULE_ROWS, call.keys);
 }
 
 // Chooses the batch entry and the heads that stand for all that share the list; false past the
@@ -67,6 +67,7 @@ uint scan(uint value) {
 }
 
 void main() {
+  load_call();
   Sizes sizes = list_sizes();
   uint tiles = divide_up(sizes.tile_end, sizes.tile_rows);
   uint granules = divide_up(sizes.granule_end, sizes.granule_rows);

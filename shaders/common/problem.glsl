@@ -16,10 +16,29 @@ layout(push_constant) uniform Push { uvec2 params_address; };
 
 #define PARAMS ParamsBlock(params_address).params
 
-// The batch entry at work, set once by `set_batch`.
+// The parameters that inner loops need, copied once: a compiler must not keep what it loads through
+// an address across a barrier.
+struct Call {
+  uint queries;
+  uint keys;
+  int window_left;
+  int window_right;
+  float scale;
+  float soft_cap;
+};
+Call call;
+
+void load_call() {
+  call = Call(PARAMS.queries, PARAMS.keys, PARAMS.window_left, PARAMS.window_right, PARAMS.scale,
+              PARAMS.soft_cap);
+}
+
+// The batch entry at work.
 uint batch_index[MAX_BATCH_AXES];
 
+// At the start of a kernel: chooses the batch entry, and loads the call.
 void set_batch(uint entry) {
+  load_call();
   [[unroll]] for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
     uint extent = PARAMS.batch[axis];
     batch_index[axis] = entry % extent;

@@ -10,7 +10,8 @@
 // get them by shuffles. On a processor, where each lane of a load is a load of its own (lavapipe),
 // this made the forward kernel 1.4 times as fast; wider subgroups broadcast loads by themselves.
 //
-// The includer defines SCORE_PLANES, the number of score tiles it keeps in shared memory.
+// The includer defines SCORE_PLANES, the number of score tiles it keeps in shared memory, and
+// TILE_PLANES, that of the tiles of operands which stay there when one slice holds all of head_dim.
 #include "common/store.glsl"
 
 #extension GL_KHR_shader_subgroup_basic : require
@@ -30,7 +31,9 @@ const uint THREAD_SCORES = THREAD_ROWS * THREAD_COLUMNS;
 const uint THREAD_QUADS = SLICE_QUADS / COLUMN_THREADS;
 const uint ACCUMULATORS = SLICES * THREAD_QUADS * THREAD_ROWS;
 
-shared vec4 tile_slice[TILE_ROWS * SLICE_STRIDE];
+const uint TILE_PLANE = TILE_ROWS * SLICE_STRIDE;
+
+shared vec4 tile_slice[(SLICES > 1 ? 1 : TILE_PLANES) * TILE_PLANE];
 shared vec4 block_slice[BLOCK_ROWS * SLICE_STRIDE];
 shared vec4 scores[SCORE_PLANES * SCORE_PLANE];
 // Number of the latest staging that met a NaN or an infinity, and of the one at work.
@@ -52,15 +55,19 @@ uint sum_column(uint slice, uint q) {
   return slice * SLICE_COLUMNS + (thread_column() + q * COLUMN_THREADS) * 4;
 }
 
-// products += tile_slice x transposed block_slice, over the columns of the slice that exist.
-void multiply_rows(inout float products[THREAD_SCORES], uint slice) {
+// products += tile_slice of `plane` x transposed block_slice, over the columns of the slice that exist.
+void multiply_rows(inout float products[THREAD_SCORES], uint slice, uint plane) {
+  uint tile = plane * TILE_PLANE;
   uint quads = min(SLICE_QUADS, (HEAD_DIM + 3) / 4 - slice * SLICE_QUADS);
   for (uint quad = 0; quad < quads; ++quad) {
     vec4 a[THREAD_ROWS];
     vec4 own = vec4(0);
-    if (SHUFFLES) own = tile_slice[thread_row(thread_column() % THREAD_ROWS) * SLICE_STRIDE + quad];
+    if (SHUFFLES) {
+      own = tile_slice[tile + thread_row(thread_column() % THREAD_ROWS) * SLICE_STRIDE + quad];
+    }
     [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
-      a[i] = SHUFFLES ? subgroupShuffle(own, i) : tile_slice[thread_row(i) * SLICE_STRIDE + quad];
+      a[i] = SHUFFLES ? subgroupShuffle(own, i)
+                      : tile_slice[tile + thread_row(i) * SLICE_STRIDE + quad];
     }
     [[unroll]] for (uint j = 0; j < THREAD_COLUMNS; ++j) {
       vec4 b = block_slice[(thread_column() + j * COLUMN_THREADS) * SLICE_STRIDE + quad];
@@ -104,14 +111,17 @@ void multiply_scores(inout vec4 sums[ACCUMULATORS], uint plane, uint slice, bool
     for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
       vec4 weight[THREAD_ROWS];
       vec4 own = vec4(0);
-      if (SHUFFLES) own = scores[weights + thread_row(thread_column() % THREAD_ROWS) * SCORE_STRIDE + quad];
+      if (SHUFFLES) {
+        own = scores[weights + thread_row(thread_column() % THREAD_ROWS) * SCORE_STRIDE + quad];
+      }
       [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
         weight[i] = SHUFFLES ? subgroupShuffle(own, i)
                              : scores[weights + thread_row(i) * SCORE_STRIDE + quad];
       }
       [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
         [[unroll]] for (uint j = 0; j < 4; ++j) {
-          vec4 value = block_slice[(quad * 4 + j) * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
+          vec4 value =
+              block_slice[(quad * 4 + j) * SLICE_STRIDE + thread_column() + q * COLUMN_THREADS];
           [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
             uint index = sum_index(slice, q, i);
             sums[index] = fma(vec4(weight[i][j]), value, sums[index]);

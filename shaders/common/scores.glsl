@@ -17,10 +17,10 @@ struct Score {
 // -inf where the score hides the key: hidden keys and those with a bias of -inf are treated alike.
 Score score_of(float product, uint position, uint head, uint key, bool mixed) {
   if (mixed && !visible(position, head, key)) return Score(-INFINITY, 0.0);
-  Score score = Score(product * PARAMS.scale, PARAMS.scale);
+  Score score = Score(product * call.scale, call.scale);
   if (has(FEATURE_SOFT_CAP)) {
-    float t = tanh_accurate(score.value / PARAMS.soft_cap);
-    score.value = PARAMS.soft_cap * t;
+    float t = tanh_accurate(score.value / call.soft_cap);
+    score.value = call.soft_cap * t;
     score.slope *= 1.0 - t * t;
   }
   if (has(FEATURE_BIAS)) {

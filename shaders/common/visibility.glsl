@@ -11,8 +11,8 @@ View mask_view, query_segments_view, key_segments_view;
 uint query_limit, key_limit;  // rows and keys from here on are hidden
 
 void set_visibility(uint head) {
-  query_limit = PARAMS.queries;
-  key_limit = PARAMS.keys;
+  query_limit = call.queries;
+  key_limit = call.keys;
   if (has(FEATURE_Q_LENGTHS)) {
     int length = int(load_word(view_of(OPERAND_Q_LENGTHS, 0, 2).base, 0));
     query_limit = min(query_limit, uint(max(length, 0)));
@@ -47,8 +47,8 @@ bool visible(uint position, uint head, uint key) {
   int distance = int(key) - int(position);
   if (has(FEATURE_CAUSAL) && distance > 0) return false;
   if (has(FEATURE_WINDOW)) {
-    if (PARAMS.window_left >= 0 && -distance > PARAMS.window_left) return false;
-    if (PARAMS.window_right >= 0 && distance > PARAMS.window_right) return false;
+    if (call.window_left >= 0 && -distance > call.window_left) return false;
+    if (call.window_right >= 0 && distance > call.window_right) return false;
   }
   if (has(FEATURE_SEGMENTS) && query_segment(position) != key_segment(key)) return false;
   if (has(FEATURE_MASK) && !mask_allows(position, head, key)) return false;
@@ -104,11 +104,11 @@ uint classify_positions(uvec2 positions, uvec2 keys) {
   int farthest = int(keys.y - 1) - int(positions.x);
   if (has(FEATURE_CAUSAL)) result = min(result, classify_distance(nearest, farthest, 0));
   if (has(FEATURE_WINDOW)) {
-    if (PARAMS.window_left >= 0) {
-      result = min(result, classify_distance(-farthest, -nearest, PARAMS.window_left));
+    if (call.window_left >= 0) {
+      result = min(result, classify_distance(-farthest, -nearest, call.window_left));
     }
-    if (PARAMS.window_right >= 0) {
-      result = min(result, classify_distance(nearest, farthest, PARAMS.window_right));
+    if (call.window_right >= 0) {
+      result = min(result, classify_distance(nearest, farthest, call.window_right));
     }
   }
   return result;
