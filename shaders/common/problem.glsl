@@ -16,8 +16,12 @@ layout(push_constant) uniform Push { uvec2 params_address; };
 
 #define PARAMS ParamsBlock(params_address).params
 
-// The parameters that inner loops need, copied once: a compiler must not keep what it loads through
-// an address across a barrier.
+// The parameters that inner loops need, copied once, as a compiler must not keep what it loads
+// through an address across a barrier. Kernels short of registers define CALL_IN_MEMORY.
+#ifdef CALL_IN_MEMORY
+#define call PARAMS
+void load_call() {}
+#else
 struct Call {
   uint queries;
   uint keys;
@@ -32,6 +36,7 @@ void load_call() {
   call = Call(PARAMS.queries, PARAMS.keys, PARAMS.window_left, PARAMS.window_right, PARAMS.scale,
               PARAMS.soft_cap);
 }
+#endif
 
 // The batch entry at work.
 uint batch_index[MAX_BATCH_AXES];
