@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_aat.problem import Extents, Operands, Slot, by_slot, extents
@@ -57,7 +57,9 @@ def partitioned(call: Call, operands: Operands, results: Results) -> Sequence[ja
         }
 
         def on_shard(*values: jax.Array) -> tuple[jax.Array, ...]:
-            return split.run(call, by_slot(slots, values), local_results)
+            # What is traced here belongs to one device, whatever mesh the caller has set.
+            with use_abstract_mesh(AbstractMesh((), ())):
+                return split.run(call, by_slot(slots, values), local_results)
 
         out_shardings = tuple(shardings[slot] for slot in wanted)
         return mesh, on_shard, out_shardings, tuple(shardings[slot] for slot in slots)
