@@ -17,6 +17,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
   uint q_start = stage_start(step), dout_start = q_start + OPERAND_VECTORS;
   uint state_start = (step & 1) * BLOCK_ROWS;
   [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
+    if (g == BLOCK_GRANULES / 2) continue_step(walk, step);
     // P and dv first, then dS and dk: fewer registers are alive than with both at once.
     Accumulator s[ROW_TILES], slope[ROW_TILES];
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = Accumulator(0.0);

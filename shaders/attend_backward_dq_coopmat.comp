@@ -4,6 +4,8 @@
 // and dq in registers; keys and values pass through shared memory.
 #include "common/coopmat_query_tile.glsl"
 
+const uint PART_GRANULES = 2;  // scored at once, in registers
+
 QueryTile tile;
 float to_log2;
 Left q[ROW_TILES][DIM_TILES], dout[ROW_TILES][DIM_TILES];
@@ -12,53 +14,70 @@ float reference[ROWS], delta[ROWS];
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
+  begin_step(walk);
   uint keys_start = stage_start(block), values_start = keys_start + OPERAND_VECTORS;
-  [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
-    start_part(walk, block, g, 1);
-    Accumulator s[ROW_TILES], dp[ROW_TILES], slope[ROW_TILES];
+  [[unroll]] for (uint part = 0; part < BLOCK_GRANULES; part += PART_GRANULES) {
+    if (part > 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
+    Accumulator s[ROW_TILES][PART_GRANULES], dp[ROW_TILES][PART_GRANULES];
+    Accumulator slope[ROW_TILES][PART_GRANULES];
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-      s[t] = Accumulator(0.0);
-      dp[t] = Accumulator(0.0);
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        s[t][g] = Accumulator(0.0);
+        dp[t][g] = Accumulator(0.0);
+      }
     }
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      Right k, v;
-      coopMatLoad(k, staged, keys_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
-      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = coopMatMulAdd(q[t][d], k, s[t]);
-      coopMatLoad(v, staged, values_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
-      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dp[t] = coopMatMulAdd(dout[t][d], v, dp[t]);
-    }
-
-    if (mixed) {
-      uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + g];
-      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
-          uint row = subgroup_row(t) + element_row(i);
-          uint position = tile.first_position + row / TILE_HEADS;
-          uint key = granule == NO_GRANULE ? ABSENT : granule + element_column(i);
-          LaneScore score = lane_score(s[t][i], position, row % TILE_HEADS, key);
-          s[t][i] = score.log2_value;
-          if (TRANSFORMED) slope[t][i] = score.slope;
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        uint at = (part + g) * 16 * PITCH + 2 * d;
+        Right k, v;
+        coopMatLoad(k, staged, keys_start + at, PITCH, COLUMN_MAJOR);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+        coopMatLoad(v, staged, values_start + at, PITCH, COLUMN_MAJOR);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          dp[t][g] = coopMatMulAdd(dout[t][d], v, dp[t][g]);
         }
       }
     }
+    // In a block of one part the second half begins here.
+    if (part == 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
 
-    Left ds[ROW_TILES];
-    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
-        uint r = t * LANE_ROWS + i / LANE_COLUMNS;
-        vec2 weight = exp2(vec2(fma(s[t][i], to_log2, -reference[r]),
-                                fma(s[t][i + 1], to_log2, -reference[r])));
-        vec2 gradient = score_gradients(weight, vec2(dp[t][i], dp[t][i + 1]), vec2(delta[r]), mixed);
-        if (TRANSFORMED) gradient *= vec2(slope[t][i], slope[t][i + 1]);
-        ElementPair pair = ElementPair(gradient);
-        ds[t][i] = pair.x;
-        ds[t][i + 1] = pair.y;
+    if (mixed) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+            uint row = subgroup_row(t) + element_row(i);
+            uint position = tile.first_position + row / TILE_HEADS;
+            uint key = granule == NO_GRANULE ? ABSENT : granule + element_column(i);
+            LaneScore score = lane_score(s[t][g][i], position, row % TILE_HEADS, key);
+            s[t][g][i] = score.log2_value;
+            if (TRANSFORMED) slope[t][g][i] = score.slope;
+          }
+        }
       }
     }
-    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      Right k;
-      coopMatLoad(k, staged, keys_start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
-      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
+    limit_overlap();
+
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+      Left ds[ROW_TILES];
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+          uint r = t * LANE_ROWS + i / LANE_COLUMNS;
+          vec2 weight = exp2(vec2(fma(s[t][g][i], to_log2, -reference[r]),
+                                  fma(s[t][g][i + 1], to_log2, -reference[r])));
+          vec2 gradient = score_gradients(weight, vec2(dp[t][g][i], dp[t][g][i + 1]),
+                                          vec2(delta[r]), mixed);
+          if (TRANSFORMED) gradient *= vec2(slope[t][g][i], slope[t][g][i + 1]);
+          ElementPair pair = ElementPair(gradient);
+          ds[t][i] = pair.x;
+          ds[t][i + 1] = pair.y;
+        }
+      }
+      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        Right k;
+        coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
+      }
     }
     limit_overlap();
   }

@@ -36,9 +36,10 @@ void rescale(float top[ROWS]) {
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
+  begin_step(walk);
   uint keys_start = stage_start(block), values_start = keys_start + OPERAND_VECTORS;
   [[unroll]] for (uint part = 0; part < BLOCK_GRANULES; part += PART_GRANULES) {
-    start_part(walk, block, part, PART_GRANULES);
+    if (is_halfway(part, PART_GRANULES)) continue_step(walk, block);
     Accumulator s[ROW_TILES][PART_GRANULES];
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) s[t][g] = Accumulator(0.0);

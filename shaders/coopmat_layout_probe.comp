@@ -32,10 +32,10 @@ void main() {
   Left left;
   coopMatLoad(accumulator, numbers, 0, 16, ROW_MAJOR);
   coopMatLoad(left, packed, 0, 8, ROW_MAJOR);
-  for (uint i = 0; i < min(8, accumulator.length()); ++i) {
-    Words(address).word[8 * lane + i] = uint(accumulator[i]);
+  [[unroll]] for (uint i = 0; i < 8; ++i) {
+    if (i < accumulator.length()) Words(address).word[8 * lane + i] = uint(accumulator[i]);
   }
-  for (uint i = 0; i < min(8, left.length()); ++i) {
-    Words(address).word[256 + 8 * lane + i] = uint(float(left[i]));
+  [[unroll]] for (uint i = 0; i < 8; ++i) {
+    if (i < left.length()) Words(address).word[256 + 8 * lane + i] = uint(float(left[i]));
   }
 }

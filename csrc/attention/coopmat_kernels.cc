@@ -51,7 +51,8 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
       shape = {"attend_backward_dq_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
       break;
     case Kernel::kBackwardDkv:
-      shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128, 32};
+      shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128,
+               narrow ? 64u : 32u};
       break;
     default:
       return std::nullopt;

@@ -98,18 +98,22 @@ void stage_state(uint stage) {
   }
 }
 
-// The last step is followed by itself: one more fetch costs less than a branch around each.
+// Rows of q for the next step are fetched during the first half of a step, those of dout during the
+// second. The last step is followed by itself: one more fetch costs less than a branch around each.
 void begin_step(Walk walk) {
   fetch_queries(0, walk.q, next.first_head, walk.last_position);
-  fetch_queries(1, walk.dout, next.first_head, walk.last_position);
   fetch_state(walk);
+}
+
+void continue_step(Walk walk, uint step) {
+  stage_rows(step + 1, 0);
+  fetch_queries(1, walk.dout, next.first_head, walk.last_position);
   Step after = step_after(next, walk);
   if (after.first_head < walk.heads) next = after;
   name_next(walk);
 }
 
 void end_step(uint step) {
-  stage_rows(step + 1, 0);
   stage_rows(step + 1, 1);
   stage_state(step + 1);
   barrier();
@@ -140,6 +144,7 @@ Walk start_walk(KeyTile tile) {
   if (walk.blocks > 0) {
     name_next(walk);
     begin_step(walk);
+    continue_step(walk, 1);
     end_step(1);
   }
   return walk;

@@ -75,16 +75,19 @@ Walk start_walk(QueryTile tile) {
   return walk;
 }
 
-// A step works on one block, in BLOCK_GRANULES / `granules` parts. Keys of the next block are fetched
-// during the first half of the parts, values during the second. After the last block it is the next one again:
-// one more fetch costs less than a branch around each.
-void start_part(Walk walk, uint block, uint granule, uint granules) {
-  if (granule == 0) fetch_keys(0, walk.keys, walk.last_key);
-  if (granule == BLOCK_GRANULES / granules / 2 * granules) {
-    stage_rows(block + 1, 0);
-    fetch_keys(1, walk.values, walk.last_key);
-    name_block(walk, block + 2);
-  }
+// A step works on one block, in parts of some granules. Keys of the next block are fetched during its
+// first half, values during the second. After the last block the next one is that block again: one
+// more fetch costs less than a branch around each.
+void begin_step(Walk walk) { fetch_keys(0, walk.keys, walk.last_key); }
+
+bool is_halfway(uint part, uint granules) {
+  return part == BLOCK_GRANULES / granules / 2 * granules;
+}
+
+void continue_step(Walk walk, uint block) {
+  stage_rows(block + 1, 0);
+  fetch_keys(1, walk.values, walk.last_key);
+  name_block(walk, block + 2);
 }
 
 void end_step(uint block) {

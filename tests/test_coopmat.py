@@ -1,0 +1,106 @@
+"""The cooperative-matrix kernels against a float64 oracle, where a device has the matrices."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from oracle import Attention, relative_error
+from test_kernels import TOLERANCE, backward, forward, make, normal
+
+from jax_aat import vulkan
+from jax_aat.problem import Slot
+
+# Several tiles of 128 rows and blocks of 64, cut by the ends of the sequences.
+CASES = {
+    "full": dict(queries=256, keys=256),
+    "ragged": dict(queries=300, keys=203),
+    "causal": dict(queries=300, keys=300, causal=True),
+    "groups_of_3": dict(queries=150, keys=333, heads=6, kv_heads=2, causal=True),
+    "groups_of_8": dict(queries=100, keys=200, heads=8, kv_heads=1, window=(30, 20)),
+    "groups_of_32": dict(queries=40, keys=77, heads=32, kv_heads=1, batch=(1,)),
+    "one_query": dict(queries=1, keys=300),
+    "head_dim_8": dict(head_dim=8, queries=140, keys=140, causal=True),
+    "head_dim_40": dict(head_dim=40, queries=140, keys=140),
+    "head_dim_72": dict(head_dim=72, queries=140, keys=140, causal=True),
+    "head_dim_128": dict(head_dim=128, queries=300, keys=300, causal=True),
+    "negative_scale": dict(queries=140, keys=140, scale=-0.2),
+    "lengths": dict(queries=200, keys=200, q_lengths=[150, 0], kv_lengths=[40, 200]),
+    "segments": dict(queries=200, keys=200, segments=True, causal=True),
+    "mask": dict(queries=140, keys=200, mask=(2, 2, 140, 200)),
+    "bias": dict(queries=140, keys=200, bias=(1, 2, 140, 200), causal=True),
+    "soft_cap": dict(queries=140, keys=200, soft_cap=1.5, scale=1.0),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layout_is_probed():
+    """The first call makes the runtime ask the device how it lays out matrices."""
+    forward(make())
+
+
+def require_matrices(dtype):
+    traits = vulkan.default_device().traits
+    if not (traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]):
+        pytest.skip(f"the device has no cooperative matrices of {dtype} in the known layout")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_passes(name, dtype):
+    require_matrices(dtype)
+    problem = make(**{"head_dim": 64, "dtype": dtype} | CASES[name])
+    expected = Attention(problem)
+    tolerance, derivative_tolerance = TOLERANCE[dtype]
+    out, logsumexp = forward(problem)
+    assert vulkan.last_dispatch().path == "coopmat"
+    assert relative_error(out, expected.out) <= tolerance
+    assert relative_error(logsumexp, expected.logsumexp) <= 2e-5
+
+    cotangents = {Slot.DOUT: normal(7, out), Slot.DLSE: normal(8, logsumexp)}
+    wanted = [Slot.DQ, Slot.DK, Slot.DV]
+    gradients = backward(problem, out, logsumexp, cotangents, wanted)
+    ran = vulkan.last_dispatch().kernels
+    assert any(kernel.startswith("attend_backward_dq_coopmat") for kernel in ran)
+    assert any(kernel.startswith("attend_backward_dkv_coopmat") for kernel in ran)
+    for slot, reference in zip(wanted, expected.backward(*cotangents.values()), strict=False):
+        assert relative_error(gradients[slot], reference) <= derivative_tolerance, slot
+
+
+@pytest.mark.parametrize("wanted", [Slot.DQ, Slot.DK, Slot.DV])
+def test_one_gradient_alone(wanted):
+    require_matrices("bfloat16")
+    problem = make(dtype="bfloat16", head_dim=64, queries=150, keys=150, heads=4, kv_heads=2)
+    out, logsumexp = forward(problem)
+    cotangents = {Slot.DOUT: normal(7, out), Slot.DLSE: normal(8, logsumexp)}
+    everything = [Slot.DQ, Slot.DK, Slot.DV]
+    together = backward(problem, out, logsumexp, cotangents, everything)[wanted]
+    alone = backward(problem, out, logsumexp, cotangents, [wanted])[wanted]
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_maximum_that_grows_block_by_block():
+    """Rescaling: every block of keys beats the ones before by more than the slack."""
+    require_matrices("bfloat16")
+    problem = make(dtype="bfloat16", head_dim=64, queries=130, keys=320, batch=(1,))
+    growth = np.linspace(1, 60, 320, dtype=np.float32)[:, None, None]
+    k = np.abs(problem.k.astype(np.float32)) * growth
+    q = np.abs(problem.q.astype(np.float32))
+    problem = replace(problem, q=q.astype(problem.q.dtype), k=k.astype(problem.k.dtype))
+    expected = Attention(problem)
+    out, logsumexp = forward(problem)
+    assert relative_error(out, expected.out) <= TOLERANCE["bfloat16"][0]
+    assert relative_error(logsumexp, expected.logsumexp) <= 2e-5
+
+
+def test_the_same_bits_every_time():
+    require_matrices("bfloat16")
+    problem = make(dtype="bfloat16", head_dim=128, queries=300, keys=300, causal=True)
+    runs = []
+    for _ in range(3):
+        out, logsumexp = forward(problem)
+        cotangents = {Slot.DOUT: normal(7, out)}
+        gradients = backward(problem, out, logsumexp, cotangents, [Slot.DQ, Slot.DK, Slot.DV])
+        runs.append([out, logsumexp, *gradients.values()])
+    for run in runs[1:]:
+        for x, first in zip(run, runs[0], strict=True):
+            np.testing.assert_array_equal(x, first)
