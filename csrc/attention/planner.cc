@@ -187,14 +187,30 @@ class Planner {
     heads_differ_ = Has(FEATURE_MASK) && params_.operand[OPERAND_MASK].head_stride != 0;
   }
 
+  // How far apart a query and a key that it sees can be, both sides together.
+  std::uint64_t WindowSpan() const {
+    const bool has_window = Has(FEATURE_WINDOW);
+    const std::uint64_t left = has_window && params_.window_left >= 0
+                                   ? static_cast<std::uint64_t>(params_.window_left)
+                                   : params_.queries;
+    const std::uint64_t right = Has(FEATURE_CAUSAL) ? 0
+                                : has_window && params_.window_right >= 0
+                                    ? static_cast<std::uint64_t>(params_.window_right)
+                                    : params_.keys;
+    return left + right;
+  }
+
   void AddLists(const KernelShape& shape, bool transposed) {
     const std::uint32_t tile_heads = TileHeads(params_);
     const std::uint64_t heads = !heads_differ_ ? 1
                                 : transposed   ? params_.kv_heads
                                                : params_.query_heads / tile_heads;
     const std::uint64_t tiles = transposed ? KeyTileCount(shape) : QueryTileCount(shape);
-    const std::uint64_t granules = transposed ? DivideUp(params_.queries, kGranuleRows / tile_heads)
-                                              : DivideUp(params_.keys, kGranuleRows);
+    const std::uint64_t rows = transposed ? params_.queries : params_.keys;
+    const std::uint64_t granule_rows = transposed ? kGranuleRows / tile_heads : kGranuleRows;
+    const std::uint64_t tile_span = transposed ? shape.tile_rows : shape.tile_rows / tile_heads;
+    const std::uint64_t granules = std::min(DivideUp(rows, granule_rows),
+                                            DivideUp(tile_span + WindowSpan(), granule_rows) + 1);
     const std::uint64_t block_granules = shape.block_rows / kGranuleRows;
     const std::uint64_t capacity = DivideUp(granules, block_granules) * block_granules;
     const std::uint64_t lists = heads * batch_lists_ * tiles;

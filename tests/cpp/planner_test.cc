@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -15,7 +16,7 @@
 namespace jax_aat {
 namespace {
 
-constexpr int kRounds = 20000;
+constexpr int kRounds = 5000;
 constexpr std::uint64_t kGuard = 1u << 31;
 
 int round = 0;
@@ -87,8 +88,8 @@ AttentionProblem RandomProblem(Random& random) {
   params.kv_heads = Pick(random, {1, 2, 3});
   params.query_heads = params.kv_heads * Pick(random, {1, 2, 3, 4, 8, 12, 16, 32, 40});
   params.head_dim = Pick(random, {1, 5, 16, 32, 33, 64, 80, 128, 129, 192, 250, 256});
-  params.window_left = static_cast<int>(Pick(random, {0, 1, 30, 6000})) - 1;
-  params.window_right = static_cast<int>(Pick(random, {0, 1, 30, 6000})) - 1;
+  params.window_left = static_cast<int>(Pick(random, {0, 1, 10, 30, 6000})) - 1;
+  params.window_right = static_cast<int>(Pick(random, {0, 1, 10, 30, 6000})) - 1;
   params.scale = 1;
   params.soft_cap = 3;
   problem.features = random() & 0x3fff;
@@ -267,17 +268,44 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
   EXPECT(barriers <= 1);
 }
 
+bool Visible(const AttentionProblem& problem, std::int64_t t, std::int64_t s) {
+  const AttentionParams& params = problem.params;
+  if ((problem.features & FEATURE_CAUSAL) && s > t) return false;
+  if (!(problem.features & FEATURE_WINDOW)) return true;
+  return (params.window_left < 0 || s >= t - params.window_left) &&
+         (params.window_right < 0 || s <= t + params.window_right);
+}
+
+// No tile sees more granules than its list can hold.
+void CheckCapacity(const AttentionProblem& problem, const DispatchPlan& plan) {
+  const AttentionParams& params = plan.params;
+  for (const Dispatch& dispatch : plan.dispatches) {
+    if (!StartsWith(dispatch.shader, "work_lists")) continue;
+    const bool transposed = dispatch.specialization[11] != 0;
+    const std::uint32_t heads = dispatch.specialization[5];
+    const std::uint32_t tile_rows = dispatch.specialization[4] / (transposed ? 1 : heads);
+    const std::uint32_t granule_rows = 16 / (transposed ? heads : 1);
+    std::map<std::uint32_t, std::set<std::uint32_t>> granules;
+    for (std::uint32_t t = 0; t < params.queries; ++t) {
+      for (std::uint32_t s = 0; s < params.keys; ++s) {
+        if (!Visible(problem, t, s)) continue;
+        const std::uint32_t tile = (transposed ? s : t) / tile_rows;
+        granules[tile].insert((transposed ? t : s) / granule_rows);
+      }
+    }
+    for (const auto& [tile, seen] : granules) {
+      EXPECT(seen.size() <= (transposed ? params.key_list_capacity : params.list_capacity));
+    }
+  }
+}
+
 // Products of the forward pass, pair by pair.
 double CountedFlops(const AttentionProblem& problem) {
   const AttentionParams& params = problem.params;
   double pairs = 0;
   for (std::int64_t t = 0; t < params.queries; ++t) {
     for (std::int64_t s = 0; s < params.keys; ++s) {
-      const bool hidden = ((problem.features & FEATURE_CAUSAL) && s > t) ||
-                          ((problem.features & FEATURE_WINDOW) &&
-                           ((params.window_left >= 0 && s < t - params.window_left) ||
-                            (params.window_right >= 0 && s > t + params.window_right)));
-      pairs += !hidden;
+      pairs += Visible(problem, t, s);
     }
   }
   return 4.0 * pairs * params.head_dim * params.query_heads * params.batch_count;
@@ -299,9 +327,11 @@ void Fuzz() {
     }
     CheckDispatches(problem, traits, plan);
     CheckScratch(problem, plan);
-    if (problem.pass == Pass::kForward &&
-        std::uint64_t{problem.params.queries} * problem.params.keys <= 10000) {
-      EXPECT(plan.dispatches.back().flops == CountedFlops(problem));
+    if (std::uint64_t{problem.params.queries} * problem.params.keys <= 10000) {
+      CheckCapacity(problem, plan);
+      if (problem.pass == Pass::kForward) {
+        EXPECT(plan.dispatches.back().flops == CountedFlops(problem));
+      }
     }
   }
 }
