@@ -27,6 +27,7 @@ SWITCH = "JAX_AAT_DISABLE"
 """Environment variable; 1 switches the custom calls off."""
 
 _HARDWARE = ("discrete", "integrated", "virtual")
+_NVIDIA = 0x10DE  # vendor id of the PCI registry
 
 # When the package is imported, so that an exported function that calls a target finds it.
 # XLA knows the CUDA platform by its name in capitals only.
@@ -220,7 +221,11 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
                 "or use implementation='xla'"
             )
         return "vulkan"
-    if reason or jax.default_backend() not in ("cpu", "gpu"):
+    backend = jax.default_backend()
+    if reason or backend not in ("cpu", "gpu"):
+        return "xla"
+    # A call on JAX's CUDA platform runs on the CUDA device, which NVIDIA's Vulkan driver must show.
+    if backend == "gpu" and all(device["vendor_id"] != _NVIDIA for device in _native.devices()):
         return "xla"
     device = default_device()
     return "vulkan" if device is not None and device.kind in _HARDWARE else "xla"

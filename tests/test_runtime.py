@@ -6,13 +6,14 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_aat import _native
+from jax_aat import _native, vulkan
 
 ATTRIBUTES = {
     "operands": np.uint32(0b111),
@@ -356,6 +357,16 @@ def test_device_chosen_by_the_environment():
     assert_succeeds(run_python(code, JAX_AAT_DEVICE=name[:6].upper()))
     code = f"assert 'nonesuch' in _native.problem() and {name!r} in _native.problem()"
     assert_succeeds(run_python(code, JAX_AAT_DEVICE="nonesuch"))
+
+
+@pytest.mark.parametrize(("vendor_id", "chosen"), [(0x10DE, "vulkan"), (0x8086, "xla")])
+def test_cuda_is_served_only_where_vulkan_shows_an_nvidia_gpu(monkeypatch, vendor_id, chosen):
+    device = _native.devices()[_native.default_device()]
+    device |= {"index": 0, "kind": "discrete", "vendor_id": vendor_id}
+    native = SimpleNamespace(devices=lambda: [device], default_device=lambda: 0, problem=lambda: "")
+    monkeypatch.setattr(vulkan, "_native", native)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert vulkan.choose_implementation(None, "float32", 64) == chosen
 
 
 def test_validation_layers_are_silent():
