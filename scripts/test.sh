@@ -9,7 +9,7 @@ step() { printf '\n== %s\n' "$*"; }
 step style
 ruff check .
 ruff format --check .
-git ls-files 'csrc/*.cc' 'csrc/*.h' | xargs clang-format --dry-run --Werror
+git ls-files 'csrc/*.cc' 'csrc/*.h' 'tests/*.cc' | xargs clang-format --dry-run --Werror
 
 step types
 mypy
@@ -18,8 +18,12 @@ step example, in a tiny size
 python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
   --steps 4 --save-every 2 --output build/example
 
-step tests under the Vulkan validation layers
-JAX_AAT_VALIDATION=1 pytest -q -k "not xla" tests/test_kernels.py tests/test_runtime.py tests/test_flax.py
+# The tests' time goes to what XLA compiles, most of it run once.
+export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+
+step kernels and API under the Vulkan validation layers
+JAX_AAT_VALIDATION=1 pytest -q -n 2 -k "not xla" \
+  tests/test_attention.py tests/test_kernels.py tests/test_runtime.py
 
 step tests
-pytest -q
+pytest -q -n 2

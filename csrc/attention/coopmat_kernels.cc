@@ -1,5 +1,5 @@
-// Shapes of the cooperative-matrix kernels (shaders/common/coopmat_rows.glsl); docs/kernels.md says what
-// was measured to choose them.
+// Shapes of the cooperative-matrix kernels (shaders/common/coopmat_rows.glsl); docs/kernels.md says
+// what was measured to choose them.
 #include "attention/kernels.h"
 
 namespace jax_aat {
@@ -51,8 +51,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
       shape = {"attend_backward_dq_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
       break;
     case Kernel::kBackwardDkv:
-      shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128,
-               narrow ? 64u : 32u};
+      shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
       break;
     default:
       return std::nullopt;
