@@ -230,14 +230,15 @@ class Tiles:
 
     def rows_of(self, x: jax.Array, i: Any) -> jax.Array:
         """Rows of tile i of an accumulator [*batch, K, G, padded T, ...]."""
-        return _slice(x, self._row_axis(x), i, self.rows)
+        return _slice(x, self._row_axis, i, self.rows)
 
     def with_rows(self, x: jax.Array, i: Any, rows: jax.Array) -> jax.Array:
         """`x` with the rows of tile i replaced."""
-        axis = self._row_axis(x)
+        axis = self._row_axis
         return lax.dynamic_update_slice_in_dim(x, rows, i * self.rows, axis)
 
-    def _row_axis(self, x: jax.Array) -> int:
+    @property
+    def _row_axis(self) -> int:
         return len(self.extents.batch) + 2
 
     def add(self, slot: Slot, x: jax.Array, i: Any, j: Any, part: jax.Array) -> jax.Array:
