@@ -15,7 +15,8 @@ import pytest
 # What is compared with would multiply float32 by TF32 on a GPU.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-SEED = int(os.environ.get("JAX_AAT_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+# In the environment, so that the processes of pytest-xdist share it.
+SEED = int(os.environ.setdefault("JAX_AAT_TEST_SEED", str(np.random.SeedSequence().entropy % 2**32)))
 
 
 def pytest_report_header() -> str:
