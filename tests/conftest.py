@@ -16,7 +16,9 @@ import pytest
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # In the environment, so that the processes of pytest-xdist share it.
-SEED = int(os.environ.setdefault("JAX_AAT_TEST_SEED", str(np.random.SeedSequence().entropy % 2**32)))
+SEED = int(
+    os.environ.setdefault("JAX_AAT_TEST_SEED", str(np.random.SeedSequence().entropy % 2**32))
+)
 
 
 def pytest_report_header() -> str:

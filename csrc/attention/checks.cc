@@ -25,10 +25,9 @@ void CheckSlice(const AttentionProblem& problem, int slot, std::uint64_t rows, s
 }  // namespace
 
 void CheckIndex(std::uint64_t elements, const char* what) {
-  Require(
-      elements < (std::uint64_t{1} << 31),
-      std::string("the ") + what + " of one call span " + std::to_string(elements) +
-          " elements, more than the shaders can index (2^31): split the sequence");
+  Require(elements < (std::uint64_t{1} << 31),
+          std::string("the ") + what + " of one call span " + std::to_string(elements) +
+              " elements, more than the shaders can index (2^31): split the sequence");
 }
 
 std::uint32_t CheckedStride(std::uint64_t stride) {
