@@ -45,6 +45,7 @@ Dispatch = TypedDict(
         "platform": str,
         "device": str,
         "shaders": list[str],
+        "flops": list[float],
         "imported_bytes": int,
         "staged_bytes": int,
         "kernel_milliseconds": list[float] | None,

@@ -75,6 +75,9 @@ class Dispatch:
       platform: Platform of JAX that called: 'cpu' or 'cuda'.
       device: Name of the Vulkan device.
       kernels: Shaders in the order of their dispatches.
+      kernel_flops: Floating-point operations of each kernel's matrix products, two for a
+        multiplication and addition, over the pairs of query and key that causality and window
+        leave; what lengths, segments and masks hide is counted. 0 for kernels without products.
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
       kernel_milliseconds: Time of each kernel by the device's timestamps; None unless `set_timing`
@@ -89,6 +92,7 @@ class Dispatch:
     platform: str
     device: str
     kernels: tuple[str, ...]
+    kernel_flops: tuple[float, ...]
     imported_bytes: int
     staged_bytes: int
     kernel_milliseconds: tuple[float, ...] | None
@@ -161,6 +165,7 @@ def last_dispatch() -> Dispatch | None:
         platform=record["platform"],
         device=record["device"],
         kernels=tuple(record["shaders"]),
+        kernel_flops=tuple(record["flops"]),
         imported_bytes=record["imported_bytes"],
         staged_bytes=record["staged_bytes"],
         kernel_milliseconds=None if times is None else tuple(times),

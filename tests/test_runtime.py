@@ -126,6 +126,9 @@ def test_dispatch_is_recorded():
     assert record["platform"] == "cpu"
     assert record["device"] == _native.devices()[_native.default_device()]["name"]
     assert "attend_forward.f32" in record["shaders"]
+    batch, length, heads, head_dim = out.shape
+    products = [record["flops"][i] for i, x in enumerate(record["shaders"]) if "attend" in x]
+    assert products == [4 * batch * heads * length**2 * head_dim]
     assert record["kernel_milliseconds"] is None
     operand_bytes = sum(x.nbytes for x in (*arrays, out, logsumexp))
     assert record["imported_bytes"] + record["staged_bytes"] == operand_bytes

@@ -142,6 +142,7 @@ std::optional<nb::dict> LastDispatchDict() {
   dict["platform"] = record->platform;
   dict["device"] = record->device;
   dict["shaders"] = nb::cast(record->shaders);
+  dict["flops"] = nb::cast(record->flops);
   dict["imported_bytes"] = record->imported_bytes;
   dict["staged_bytes"] = record->staged_bytes;
   dict["kernel_milliseconds"] = times ? nb::cast(times->milliseconds) : nb::none();

@@ -23,7 +23,10 @@ std::optional<DispatchRecord> Exchange(std::optional<DispatchRecord> record) {
 void RecordDispatch(Pass pass, const DispatchPlan& plan, DispatchRecord record) {
   record.pass = pass;
   record.path = plan.path;
-  for (const Dispatch& dispatch : plan.dispatches) record.shaders.push_back(dispatch.shader);
+  for (const Dispatch& dispatch : plan.dispatches) {
+    record.shaders.push_back(dispatch.shader);
+    record.flops.push_back(dispatch.flops);
+  }
   Exchange(std::move(record));
 }
 

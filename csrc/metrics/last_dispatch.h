@@ -19,6 +19,7 @@ struct DispatchRecord {
   std::string platform;  // of JAX: "cpu" or "cuda"
   std::string device;
   std::vector<std::string> shaders;              // in the order of their dispatches
+  std::vector<double> flops;                     // of each dispatch
   std::uint64_t imported_bytes = 0;              // operands used where they lie
   std::uint64_t staged_bytes = 0;                // operands copied
   std::shared_ptr<const Timestamps> timestamps;  // null: not timed
