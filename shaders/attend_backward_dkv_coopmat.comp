@@ -57,7 +57,9 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right dout;
         coopMatLoad(dout, staged, dout_start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
-        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dv[t][d] = coopMatMulAdd(p[t], dout, dv[t][d]);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          dv[t][d] = coopMatMulAdd(p[t], dout, dv[t][d]);
+        }
       }
     }
     limit_overlap();
@@ -139,7 +141,9 @@ void main() {
     }
     if (has(FEATURE_DV)) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) dv[t][d][i] = rounded(dv[t][d][i] * gain);
+        [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+          dv[t][d][i] = rounded(dv[t][d][i] * gain);
+        }
         coopMatStore(Rounded(dv[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       }
       barrier();

@@ -1,7 +1,7 @@
 #version 460
-// Gradient of a tile of queries, on cooperative matrices: with P = exp(S - logsumexp) over the keys
-// of its work list, dS = P (dout V^T - delta), dq = scale dS K. A subgroup keeps its rows of q, dout
-// and dq in registers; keys and values pass through shared memory.
+// Gradient of a tile of queries, on cooperative matrices: with P = exp(S - logsumexp) over the
+// keys of its work list, dS = P (dout V^T - delta), dq = scale dS K. A subgroup keeps its rows of
+// q, dout and dq in registers; keys and values pass through shared memory.
 #include "common/coopmat_query_tile.glsl"
 
 const uint PART_GRANULES = 2;  // scored at once, in registers
@@ -31,7 +31,9 @@ void attend_block(Walk walk, uint block, bool mixed) {
         uint at = (part + g) * 16 * PITCH + 2 * d;
         Right k, v;
         coopMatLoad(k, staged, keys_start + at, PITCH, COLUMN_MAJOR);
-        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+        }
         coopMatLoad(v, staged, values_start + at, PITCH, COLUMN_MAJOR);
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
           dp[t][g] = coopMatMulAdd(dout[t][d], v, dp[t][g]);
@@ -76,7 +78,9 @@ void attend_block(Walk walk, uint block, bool mixed) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right k;
         coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
-        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
+        }
       }
     }
     limit_overlap();
@@ -123,7 +127,9 @@ void main() {
   float factor = slope_factor() * truncation_gain();
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) dq[t][d][i] = rounded(dq[t][d][i] * factor);
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+        dq[t][d][i] = rounded(dq[t][d][i] * factor);
+      }
       coopMatStore(Rounded(dq[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
     }
     barrier();

@@ -1,7 +1,7 @@
 #version 460
-// Exact attention of a tile of queries to the keys on its work list, on cooperative matrices: out and
-// logsumexp. A subgroup keeps its rows of Q and O in registers; keys and values pass through shared
-// memory. The softmax is kept in powers of two.
+// Exact attention of a tile of queries to the keys on its work list, on cooperative matrices: out
+// and logsumexp. A subgroup keeps its rows of Q and O in registers; keys and values pass through
+// shared memory. The softmax is kept in powers of two.
 #include "common/coopmat_query_tile.glsl"
 
 // Granules scored at once, in registers.
@@ -9,8 +9,7 @@ const uint PART_GRANULES = HEAD_DIM <= 64 ? 2 : 1;
 
 const float LOWEST = -1e38;  // finite: exp2(-INFINITY - LOWEST) is 0
 // The reference that weights are relative to follows the maximum of a row only when that has grown
-// by more than this. On random data it saved nearly all rescalings, a quarter of the time; weights
-// stay within float16.
+// by more than this, so that O is rarely rescaled; weights stay within float16.
 const float SLACK = 8.0;
 
 QueryTile tile;
@@ -48,7 +47,9 @@ void attend_block(Walk walk, uint block, bool mixed) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
         Right k;
         coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
-        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+          s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+        }
       }
     }
     if (mixed) {

@@ -1,15 +1,17 @@
 #version 460
-// Writes which element of a 16x16 matrix each lane holds where, so that the runtime can tell whether
-// the layout is the one the *_coopmat kernels assume (common/coopmat_types.glsl): for lane l and
-// element i, word 8 * l + i is row * 16 + column in an accumulator, word 256 + 8 * l + i in a left
-// factor; words past a lane's elements are left alone. One workgroup of 32 threads.
+// Writes which element of a 16x16 matrix each lane holds where, so that the runtime can tell
+// whether the layout is the one the *_coopmat kernels assume (common/coopmat_types.glsl): for lane
+// l and element i, word 8 * l + i is row * 16 + column in an accumulator, word 256 + 8 * l + i in
+// a left factor; words past a lane's elements are left alone. One workgroup of 32 threads.
 #extension GL_EXT_buffer_reference : require
 #extension GL_EXT_buffer_reference_uvec2 : require
 #include "common/coopmat_types.glsl"
 
 layout(local_size_x = 32) in;
 
-layout(buffer_reference, std430, buffer_reference_align = 4) writeonly buffer Words { uint word[]; };
+layout(buffer_reference, std430, buffer_reference_align = 4) writeonly buffer Words {
+  uint word[];
+};
 
 layout(push_constant) uniform Push { uvec2 address; };
 
@@ -22,7 +24,8 @@ void main() {
   // Pairs of 16-bit numbers: all below 256, so exact in both types.
   for (uint i = lane; i < 128; i += 32) {
 #if DTYPE == DTYPE_BF16
-    packed[i] = (floatBitsToUint(float(2 * i)) >> 16) | (floatBitsToUint(float(2 * i + 1)) & 0xffff0000u);
+    packed[i] = (floatBitsToUint(float(2 * i)) >> 16) |
+                (floatBitsToUint(float(2 * i + 1)) & 0xffff0000u);
 #else
     packed[i] = packHalf2x16(vec2(2 * i, 2 * i + 1));
 #endif

@@ -33,7 +33,8 @@ void exchange_out(View view, QueryTile tile, uint t) {
 bool locate_uniform_tile(out QueryTile tile) {
   QueryTile found;
   if (subgroupAny(!locate_query_tile(found))) return false;
-  tile = QueryTile(subgroupBroadcastFirst(found.first_position), subgroupBroadcastFirst(found.first_head),
+  tile = QueryTile(subgroupBroadcastFirst(found.first_position),
+                   subgroupBroadcastFirst(found.first_head),
                    subgroupBroadcastFirst(found.kv_head), subgroupBroadcastFirst(found.list));
   return true;
 }
@@ -75,9 +76,9 @@ Walk start_walk(QueryTile tile) {
   return walk;
 }
 
-// A step works on one block, in parts of some granules. Keys of the next block are fetched during its
-// first half, values during the second. After the last block the next one is that block again: one
-// more fetch costs less than a branch around each.
+// A step works on one block, in parts of some granules. Keys of the next block are fetched during
+// its first half, values during the second. After the last block the next one is that block again:
+// one more fetch costs less than a branch around each.
 void begin_step(Walk walk) { fetch_keys(0, walk.keys, walk.last_key); }
 
 bool is_halfway(uint part, uint granules) {

@@ -1,7 +1,8 @@
 // Rounding of float32 to the elements of cooperative matrices.
 //
-// A driver may truncate when it converts to bfloat16 (NVIDIA's does). Rounding each weight by hand cost
-// 5% of the forward kernel; what truncation takes away on average is given back to the sums instead.
+// A driver may truncate when it converts to bfloat16 (NVIDIA's does). Rounding each weight by hand
+// cost 5% of the forward kernel; what truncation takes away on average is given back to the sums
+// instead.
 #include "common/coopmat_types.glsl"
 #include "common/storage.glsl"
 
@@ -12,8 +13,8 @@ bool conversion_truncates() {
   return float(Element(number)) < number;
 }
 
-// Truncated numbers are smaller than exact ones by half a unit in the last place on average, 2^-8 of a
-// fraction that is 1 / ln 2 on average.
+// Truncated numbers are smaller than exact ones by half a unit in the last place on average, 2^-8
+// of a fraction that is 1 / ln 2 on average.
 float truncation_gain() {
   return DTYPE == DTYPE_BF16 && conversion_truncates() ? 1.0 + 0.6931472 / 256.0 : 1.0;
 }

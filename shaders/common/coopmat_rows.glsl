@@ -1,9 +1,10 @@
 // Rows of head_dim on their way between global memory, registers and padded shared memory, in
 // vectors of 16 bytes.
 //
-// The two operands of a block lie in one of two stages. While one stage is worked on, the next block
-// is on its way in registers, so that one barrier a step is enough. The kernels live at the limit of 255
-// registers a thread: what a loop keeps in a register and could do without costs a spill.
+// The two operands of a block lie in one of two stages. While one stage is worked on, the next
+// block is on its way in registers, so that one barrier a step is enough. The kernels live at the
+// limit of 255 registers a thread: what a loop keeps in a register and could do without costs a
+// spill.
 #include "common/coopmat_types.glsl"
 #include "common/work_list.glsl"
 
@@ -80,8 +81,8 @@ void name_granules(Entries entries, uint first_entry) {
   }
 }
 
-// Rows after the last visible one are replaced by others (NO_GRANULE wraps round to the first ones):
-// what they add with weight zero must be finite.
+// Rows after the last visible one are replaced by others (NO_GRANULE wraps round to the first
+// ones): what they add with weight zero must be finite.
 void fetch_keys(uint operand, Source source, uint last_key) {
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
     uint key = min(next_granules[n] + fetch_granule_row(n), last_key);
@@ -107,8 +108,8 @@ void stage_rows(uint stage, uint operand) {
 }
 
 // Keeps the compiler from starting the matrix products after it before those in front of it are
-// done. Left free it overlaps so many that it spills; with this the kernel for dk and dv of head_dim
-// 128 went from 150 to 290 TFLOP/s.
+// done. Left free it overlaps so many that it spills; with this the kernel for dk and dv of
+// head_dim 128 went from 150 to 290 TFLOP/s.
 void limit_overlap() { subgroupMemoryBarrierShared(); }
 
 // Each subgroup passes its own rows, 16 at a time, through a part of `staged`: the rows of its tile

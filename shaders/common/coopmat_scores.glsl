@@ -10,9 +10,9 @@ const bool TRANSFORMED = (FEATURES & (FEATURE_SOFT_CAP | FEATURE_BIAS)) != 0;
 
 #define ABSENT 0x7fffffffu
 
-// log2 of a weight is `lane_score(..).log2_value` times this, less the row's reference. Not zero, so that
-// a hidden -INFINITY stays one. A sign below zero would turn maxima into minima: the kernels give it to
-// a factor of the products.
+// log2 of a weight is `lane_score(..).log2_value` times this, less the row's reference. Not zero,
+// so that a hidden -INFINITY stays one. A sign below zero would turn maxima into minima: the
+// kernels give it to a factor of the products.
 float score_factor() { return TRANSFORMED ? 1.0 : max(abs(PARAMS.scale) * LOG2_E, 1e-30); }
 bool negate_products() { return !TRANSFORMED && PARAMS.scale < 0.0; }
 

@@ -2,9 +2,9 @@
 // factors, float32 accumulators.
 //
 // Which elements a lane holds is left open by the specification, so the runtime probes it
-// (coopmat_layout_probe.comp) and uses these kernels only where it is this: element i of a lane lies in
-// row element_row(i), column element_column(i), of an accumulator and of a left factor alike. So a
-// score becomes a left factor by copying elements, with no trip through shared memory.
+// (coopmat_layout_probe.comp) and uses these kernels only where it is this: element i of a lane
+// lies in row element_row(i), column element_column(i), of an accumulator and of a left factor
+// alike. So a score becomes a left factor by copying elements, with no trip through shared memory.
 #define CALL_IN_MEMORY
 #include "common/params.h"
 
