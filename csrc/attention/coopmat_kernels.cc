@@ -9,18 +9,6 @@ constexpr std::uint32_t kSubgroupSize = 32;
 constexpr std::uint32_t kMaxHeadDim = 128;
 constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
 
-// One 16-byte vector must not straddle rows, heads or batch entries of any operand.
-bool StridesAllowVectors(const AttentionParams& params) {
-  for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
-                         OPERAND_DV, OPERAND_DOUT}) {
-    const OperandLayout& layout = params.operand[slot];
-    std::uint32_t strides = layout.row_stride | layout.head_stride;
-    for (const std::uint32_t stride : layout.batch_stride) strides |= stride;
-    if (strides % kVectorElements != 0) return false;
-  }
-  return true;
-}
-
 // Upper bound of what a kernel declares.
 std::uint32_t SharedBytes(const KernelShape& shape, std::uint32_t head_dim) {
   const std::uint32_t row_bytes = (head_dim + 15) / 16 * 32 + 16;
@@ -38,7 +26,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
                             (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
   const std::uint32_t head_dim = problem.params.head_dim;
   if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
-      head_dim % kVectorElements != 0 || !StridesAllowVectors(problem.params)) {
+      !RowsAllowVectors(problem.params, kVectorElements)) {
     return std::nullopt;
   }
   const bool narrow = head_dim <= 64;

@@ -33,6 +33,10 @@ struct KernelFamily {
 // Query heads in a tile: the largest power of two that divides the heads of a group, at most 16.
 std::uint32_t TileHeads(const AttentionParams& params);
 
+// Whether every row of queries, keys and values can be loaded by so many elements (a power of two)
+// at once.
+bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements);
+
 // Kernels on cooperative matrices: float16 and bfloat16, head_dim a multiple of 8 up to 128.
 std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionProblem& problem,
                                                const DeviceTraits& traits);

@@ -69,19 +69,6 @@ double CountPairs(const AttentionProblem& problem) {
   return pairs * params.batch_count * params.query_heads;
 }
 
-// Whether queries and keys of 4 columns can be loaded at once.
-bool StridesAllowVectors(const AttentionParams& params) {
-  if (params.head_dim % 4 != 0) return false;
-  for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
-                         OPERAND_DV, OPERAND_DOUT}) {
-    const OperandLayout& layout = params.operand[slot];
-    std::uint32_t strides = layout.row_stride | layout.head_stride;
-    for (const std::uint32_t stride : layout.batch_stride) strides |= stride;
-    if (strides % 4 != 0) return false;
-  }
-  return true;
-}
-
 const char* DtypeName(std::uint32_t dtype) {
   return dtype == DTYPE_F32 ? "f32" : dtype == DTYPE_F16 ? "f16" : "bf16";
 }
@@ -305,7 +292,7 @@ class Planner {
         problem_.bias_dtype,
         shape.thread_rows,
         shape.slice_columns,
-        StridesAllowVectors(params_) ? 1u : 0u,
+        RowsAllowVectors(params_, 4) ? 1u : 0u,
         /*transposed=*/0,
     };
     const std::uint64_t x = std::min<std::uint64_t>(workgroups, traits_.max_workgroup_count);
@@ -359,6 +346,17 @@ class Planner {
 };
 
 }  // namespace
+
+bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements) {
+  std::uint32_t extents = params.head_dim;
+  for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
+                         OPERAND_DV, OPERAND_DOUT}) {
+    const OperandLayout& layout = params.operand[slot];
+    extents |= layout.row_stride | layout.head_stride;
+    for (const std::uint32_t stride : layout.batch_stride) extents |= stride;
+  }
+  return extents % elements == 0;
+}
 
 DispatchPlan PlanAttention(const AttentionProblem& problem, const DeviceTraits& traits) {
   CheckProblem(problem, traits);
