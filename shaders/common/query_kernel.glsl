@@ -33,7 +33,7 @@ void multiply_key_slice(inout vec4 sums[ACCUMULATORS], View view, uint plane, bo
 
 // sums += the score tile of `plane` x rows of the block, which `block_is_loaded` says is the one
 // that was staged last. Slices are written out: compilers that do not unroll a loop around loops
-// would put the sums in memory, three times slower. There are at most four.
+// would put the sums in memory, at twice the time. There are at most four.
 void multiply_key_block(inout vec4 sums[ACCUMULATORS], View view, uint plane, bool guard,
                         bool block_is_loaded) {
   multiply_key_slice(sums, view, plane, guard, block_is_loaded, 0);
