@@ -37,6 +37,19 @@ class Slot(enum.IntEnum):
     DBIAS = 14
     DOUT = 15
     DLSE = 16
+    COARSE_K = 17
+    COARSE_V = 18
+    LEVEL_BIAS = 19
+    LEVELS = 20
+    LIST_HEADERS = 21
+    LIST_ENTRIES = 22
+    KEY_LIST_HEADERS = 23
+    KEY_LIST_ENTRIES = 24
+    SHARES = 25
+    DCOARSE_K = 26
+    DCOARSE_V = 27
+    DLEVEL_BIAS = 28
+    DSHARES = 29
 
     @property
     def core_ndim(self) -> int:
@@ -65,22 +78,28 @@ _LOGIT_LIKE = (Slot.BIAS, Slot.MASK, Slot.DBIAS)
 _QUERY_LIKE = (Slot.Q, Slot.OUT, Slot.DQ, Slot.DOUT)
 _KEY_LIKE = (Slot.K, Slot.V, Slot.DK, Slot.DV)
 _ROW_LIKE = (Slot.LSE, Slot.DLSE)
+_COARSE_LIKE = (Slot.COARSE_K, Slot.COARSE_V, Slot.DCOARSE_K, Slot.DCOARSE_V)
+_SHARE_LIKE = (Slot.LEVEL_BIAS, Slot.SHARES, Slot.DLEVEL_BIAS, Slot.DSHARES)
+
+LISTS = (Slot.LEVELS, Slot.LIST_HEADERS, Slot.LIST_ENTRIES)
+"""Operands with an axis along chunks of query heads."""
+KEY_LISTS = (Slot.KEY_LIST_HEADERS, Slot.KEY_LIST_ENTRIES)
+KV_LIKE = (*_KEY_LIKE, *_COARSE_LIKE, *KEY_LISTS)
+"""Slots with an axis along key/value heads."""
 
 _CORE_NDIM = (
     dict.fromkeys(_LENGTHS, 0)
     | dict.fromkeys(_SEGMENTS, 1)
-    | dict.fromkeys(_ROW_LIKE, 2)
-    | dict.fromkeys((*_LOGIT_LIKE, *_QUERY_LIKE, *_KEY_LIKE), 3)
+    | dict.fromkeys((*_ROW_LIKE, Slot.LIST_ENTRIES, Slot.KEY_LIST_ENTRIES), 2)
+    | dict.fromkeys((*_LOGIT_LIKE, *_QUERY_LIKE, *_KEY_LIKE, *_COARSE_LIKE, *_SHARE_LIKE), 3)
+    | dict.fromkeys((Slot.LEVELS, Slot.LIST_HEADERS, Slot.KEY_LIST_HEADERS), 3)
 )
 _QUERY_AXIS = {Slot.Q_SEGMENTS: -1} | dict.fromkeys((*_LOGIT_LIKE, *_ROW_LIKE), -2)
-_QUERY_AXIS |= dict.fromkeys(_QUERY_LIKE, -3)
+_QUERY_AXIS |= dict.fromkeys((*_QUERY_LIKE, *_SHARE_LIKE), -3)
 _KEY_AXIS = {Slot.KV_SEGMENTS: -1} | dict.fromkeys(_LOGIT_LIKE, -1) | dict.fromkeys(_KEY_LIKE, -3)
 _HEAD_AXIS = dict.fromkeys((*_QUERY_LIKE, *_KEY_LIKE), -2) | dict.fromkeys(_LOGIT_LIKE, -3)
-_HEAD_AXIS |= dict.fromkeys(_ROW_LIKE, -1)
-
-INPUTS = tuple(Slot(i) for i in range(9))
-DIFFERENTIABLE = (Slot.Q, Slot.K, Slot.V, Slot.BIAS)
-"""Operands that have a tangent and a gradient."""
+_HEAD_AXIS |= dict.fromkeys(_ROW_LIKE, -1) | dict.fromkeys((*_COARSE_LIKE, *_SHARE_LIKE), -2)
+_HEAD_AXIS |= {slot: -_CORE_NDIM[slot] for slot in (*LISTS, *KEY_LISTS)}
 
 TANGENT_OF = {
     Slot.Q: Slot.DQ,
@@ -89,6 +108,10 @@ TANGENT_OF = {
     Slot.BIAS: Slot.DBIAS,
     Slot.OUT: Slot.DOUT,
     Slot.LSE: Slot.DLSE,
+    Slot.COARSE_K: Slot.DCOARSE_K,
+    Slot.COARSE_V: Slot.DCOARSE_V,
+    Slot.LEVEL_BIAS: Slot.DLEVEL_BIAS,
+    Slot.SHARES: Slot.DSHARES,
 }
 PRIMAL_OF = {tangent: primal for primal, tangent in TANGENT_OF.items()}
 
@@ -104,12 +127,14 @@ class Options:
       causal: Query t sees keys s <= t only.
       window: (left, right): query t sees keys t - left <= s <= t + right; -1: unbounded.
       soft_cap: c: logits become c tanh(logits / c) before the bias is added; 0: they do not.
+      query_tile: Rows of a query tile of the plan among the operands; 0: there is none.
     """
 
     scale: float
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     soft_cap: float = 0.0
+    query_tile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +148,7 @@ class Extents:
       heads: N, of the queries.
       kv_heads: K, of keys and values.
       head_dim: H.
+      coarse_rows: R, mean rows of granules and super-tiles; 0 without a plan.
     """
 
     batch: tuple[int, ...]
@@ -131,6 +157,7 @@ class Extents:
     heads: int
     kv_heads: int
     head_dim: int
+    coarse_rows: int = 0
 
     @property
     def groups(self) -> int:
@@ -145,6 +172,10 @@ class Extents:
             return (*self.batch, self.keys, self.kv_heads, self.head_dim)
         if slot in _ROW_LIKE:
             return (*self.batch, self.queries, self.heads)
+        if slot in _COARSE_LIKE:
+            return (*self.batch, self.coarse_rows, self.kv_heads, self.head_dim)
+        if slot in _SHARE_LIKE:
+            return (*self.batch, self.queries, self.heads, 2)
         if slot in _LOGIT_LIKE:
             return (*self.batch, self.heads, self.queries, self.keys)
         raise ValueError(f"{slot.name} is never a result")
@@ -160,7 +191,14 @@ def extents(operands: Mapping[Slot, Any]) -> Extents:
     """Sizes of the call that takes `operands` (arrays or abstract values)."""
     queries, heads, head_dim = operands[Slot.Q].shape[-3:]
     keys, kv_heads, _ = operands[Slot.K].shape[-3:]
-    return Extents(broadcast_batch(operands), queries, keys, heads, kv_heads, head_dim)
+    coarse_rows = operands[Slot.COARSE_K].shape[-3] if Slot.COARSE_K in operands else 0
+    batch = broadcast_batch(operands)
+    return Extents(batch, queries, keys, heads, kv_heads, head_dim, coarse_rows)
+
+
+def forward_results(operands: Iterable[Slot]) -> tuple[Slot, ...]:
+    """What the forward pass of `operands` gives."""
+    return (Slot.OUT, Slot.LSE, *((Slot.SHARES,) if Slot.LEVELS in operands else ()))
 
 
 def by_slot(slots: Sequence[int], values: Iterable[Any]) -> dict[Slot, Any]:

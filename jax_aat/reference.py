@@ -4,10 +4,21 @@ It holds the whole matrix of logits, takes any floating-point type and computes 
 in float32); under `jax.enable_x64` it is exact enough to judge float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_aat.levels import (
+    EXACT,
+    GRANULE,
+    MEAN,
+    SUPER_MEAN,
+    SUPER_TILE,
+    Grid,
+    unpack_levels,
+)
 from jax_aat.problem import EMPTY_LOGSUMEXP, accumulation_dtype
 
 
@@ -35,10 +46,118 @@ def dense_attention(
       The output [B, T, N, H] and logsumexp [B, T, N], both in float64 if `query` is float64, else
       in float32.
     """
+    logits, visible = _logits(
+        query,
+        key,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+    )
+    weights, lse = _softmax(jnp.where(visible, logits, -jnp.inf))
+    return _weighted(weights, value), jnp.swapaxes(lse, 1, 2)
+
+
+def dense_adaptive_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    coarse_key: jax.Array,
+    coarse_value: jax.Array,
+    levels: jax.Array,
+    query_tile: int,
+    level_bias: jax.Array | None = None,
+    query_seq_lengths: jax.Array | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    **conditions: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a levels map by its definition in `docs/architecture.md`.
+
+    Args:
+      query: As in `dense_attention`, like every argument that is not described here.
+      key: As there.
+      value: As there.
+      bias: As there; a coarse row takes that of its first key.
+      mask: As there; applies to single keys only.
+      coarse_key: [B, R, K, H], mean rows of granules, then of super-tiles.
+      coarse_value: [B, R, K, H].
+      levels: [B, L, I, W] uint32, see `jax_aat.levels`.
+      query_tile: Rows of a query tile.
+      level_bias: [B, T, N, 2], added to the logits of rows at level 1 and at level 2.
+      query_seq_lengths: As there.
+      scale: As there.
+      logits_soft_cap: As there.
+      **conditions: What else decides which single keys are visible, as there.
+
+    Returns:
+      The output [B, T, N, H], logsumexp [B, T, N] and shares [B, T, N, 2], the probability of all
+      rows at level 1 and at level 2; in float64 if `query` is float64, else in float32.
+    """
+    common = {"scale": scale, "logits_soft_cap": logits_soft_cap}
+    (_, queries, heads, _), (keys, kv_heads) = query.shape, key.shape[1:3]
+    grid = Grid(queries, keys, heads, kv_heads, query_tile)
+    level = unpack_levels(levels, grid.granules)
+    # From tiles [B, L, I, granules] to query rows [B, N, T, granules].
+    level = jnp.repeat(level, grid.tile_heads, axis=1)
+    level = jnp.repeat(level, grid.positions, axis=2)[:, :, :queries]
+
+    lengths = {"query_seq_lengths": query_seq_lengths}
+    fine, visible = _logits(query, key, bias, mask, **common, **lengths, **conditions)
+    visible &= jnp.repeat(level == EXACT, GRANULE, axis=-1)[..., :keys]
+
+    granule_counts = jnp.where(level == MEAN, grid.granule_sizes, 0)
+    super_counts = jnp.where(level == SUPER_MEAN, grid.granule_sizes, 0)
+    counts = jnp.concatenate([granule_counts, grid.by_super_tile(super_counts).sum(-1)], axis=-1)
+    if bias is not None and bias.shape[-1] != 1:
+        firsts = [np.arange(grid.granules) * GRANULE, np.arange(grid.super_tiles) * SUPER_TILE]
+        bias = bias[..., np.concatenate(firsts)]
+    coarse, in_length = _logits(query, coarse_key, bias, None, **common, **lengths)
+    coarse += jnp.log(jnp.maximum(counts, 1).astype(coarse.dtype))
+    if level_bias is not None:
+        sizes = [grid.granules, grid.super_tiles]
+        by_row = jnp.repeat(level_bias, np.array(sizes), axis=-1, total_repeat_length=sum(sizes))
+        coarse += jnp.swapaxes(by_row.astype(coarse.dtype), 1, 2)
+    in_length &= counts > 0
+
+    logits = jnp.concatenate(
+        [jnp.where(visible, fine, -jnp.inf), jnp.where(in_length, coarse, -jnp.inf)], axis=-1
+    )
+    weights, lse = _softmax(logits)
+    out = _weighted(weights, jnp.concatenate([value, coarse_value], axis=1))
+    granule_end = keys + grid.granules
+    shares = [weights[..., keys:granule_end].sum(-1), weights[..., granule_end:].sum(-1)]
+    return out, jnp.swapaxes(lse, 1, 2), jnp.swapaxes(jnp.stack(shares, -1), 1, 2)
+
+
+def _logits(
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of every pair, and which query sees which key; both [B, N, T, S]."""
     dtype = accumulation_dtype(query.dtype)
-    q, k, v = (x.astype(dtype) for x in (query, key, value))
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    q, k = query.astype(dtype), key.astype(dtype)
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
     logits *= 1 / np.sqrt(q.shape[-1]) if scale is None else scale
     if logits_soft_cap is not None:
@@ -62,8 +181,11 @@ def dense_attention(
         visible &= s < key_value_seq_lengths[:, None, None, None]
     if query_segment_ids is not None and key_value_segment_ids is not None:
         visible &= (query_segment_ids[:, :, None] == key_value_segment_ids[:, None, :])[:, None]
+    return logits, visible
 
-    logits = jnp.where(visible, logits, -jnp.inf)
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Probabilities along the last axis, where -inf is hidden, and the logsumexp of each row."""
     # jnp.max has no value for no keys; a row that sees nothing has no maximum to subtract.
     largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
     shift = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
@@ -71,6 +193,10 @@ def dense_attention(
     total = weights.sum(-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    out = jnp.einsum("bnts,bsnh->btnh", weights / total, v, precision="highest")
-    lse = jnp.where(empty, EMPTY_LOGSUMEXP, shift + jnp.log(total))[..., 0]
-    return out, jnp.swapaxes(lse, 1, 2)
+    return weights / total, jnp.where(empty, EMPTY_LOGSUMEXP, shift + jnp.log(total))[..., 0]
+
+
+def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums of values [B, S, K, H] by weights [B, N, T, S]: [B, T, N, H]."""
+    v = jnp.repeat(value.astype(weights.dtype), weights.shape[1] // value.shape[2], axis=2)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")

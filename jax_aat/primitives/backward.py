@@ -1,7 +1,8 @@
 """The backward primitive: (q, k, v, ..., out, logsumexp, dout, dlogsumexp) -> gradients.
 
 Linear in the cotangents dout and dlogsumexp, of which one that is zero is left out; `results` says
-which of dq, dk, dv and dbias are wanted. The transpose of the tangent primitive.
+which of dq, dk, dv and dbias are wanted. The transpose of the tangent primitive. With a plan there
+are shares and dshares, dcoarse_k, dcoarse_v and dlevel_bias besides.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from jax.interpreters import ad
 
 from jax_aat import tiled_xla
 from jax_aat.primitives import rules
-from jax_aat.problem import PRIMAL_OF, Operands, Slot, extents
+from jax_aat.problem import PRIMAL_OF, TANGENT_OF, Operands, Slot, extents, forward_results
 
 
 def _result_types(
@@ -39,8 +40,9 @@ def _transposed(
 ) -> dict[Slot, Any]:
     pairs = zip(results, cotangents, strict=True)
     along = {slot: ct for slot, ct in pairs if type(ct) is not ad.Zero}
-    dout, dlse = rules.bind(rules.tangent_p, known | along, **params)
-    return {Slot.DOUT: dout, Slot.DLSE: dlse}
+    tangents = rules.bind(rules.tangent_p, known | along, **params)
+    names = (TANGENT_OF[slot] for slot in forward_results(known))
+    return dict(zip(names, tangents, strict=True))
 
 
 rules.register_abstract_eval(rules.backward_p, _result_types)
@@ -49,6 +51,6 @@ rules.register_batching(rules.backward_p)
 rules.register_linear(
     rules.backward_p,
     tiled_xla.backward,
-    linear=(Slot.DOUT, Slot.DLSE),
+    linear=(Slot.DOUT, Slot.DLSE, Slot.DSHARES),
     transposed=_transposed,
 )

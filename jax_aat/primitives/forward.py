@@ -18,36 +18,45 @@ from jax_aat.problem import (
     accumulation_dtype,
     by_slot,
     extents,
+    forward_results,
 )
 
+_NAMES = {
+    Slot.OUT: "attention_out",
+    Slot.LSE: "attention_logsumexp",
+    Slot.SHARES: "attention_shares",
+}
 
-def forward(operands: Operands, options: Options, implementation: str) -> tuple[Any, Any]:
-    """Attention of the operands in slots Q to KV_SEGMENTS.
+
+def forward(operands: Operands, options: Options, implementation: str) -> tuple[Any, ...]:
+    """Attention of the operands in slots Q to KV_SEGMENTS and, with a plan, COARSE_K and up.
 
     Args:
       operands: Arrays by slot, shaped as `docs/architecture.md` says.
-      options: Scale, causality, window and soft cap.
+      options: Scale, causality, window, soft cap and the plan's query tile.
       implementation: 'xla' or 'vulkan'.
 
     Returns:
       out [*batch, T, N, H] in the dtype of q; logsumexp [*batch, T, N] in float32 (float64 for
-      float64 operands).
+      float64 operands); with a plan also shares [*batch, T, N, 2] in the dtype of logsumexp.
     """
-    out, lse = rules.bind(
-        rules.forward_p,
-        operands,
-        options=options,
-        implementation=implementation,
-        needs_devices=devices_marker() if implementation == "vulkan" else None,
+    return tuple(
+        rules.bind(
+            rules.forward_p,
+            operands,
+            options=options,
+            implementation=implementation,
+            needs_devices=devices_marker() if implementation == "vulkan" else None,
+        )
     )
-    return out, lse
 
 
 def _result_types(operands: Operands, **_: Any) -> dict[Slot, jax.ShapeDtypeStruct]:
     sizes, dtype = extents(operands), operands[Slot.Q].dtype
+    dtypes = {Slot.OUT: dtype, Slot.LSE: accumulation_dtype(dtype)}
     return {
-        Slot.OUT: jax.ShapeDtypeStruct(sizes.shape(Slot.OUT), dtype),
-        Slot.LSE: jax.ShapeDtypeStruct(sizes.shape(Slot.LSE), accumulation_dtype(dtype)),
+        slot: jax.ShapeDtypeStruct(sizes.shape(slot), dtypes.get(slot, dtypes[Slot.LSE]))
+        for slot in forward_results(operands)
     }
 
 
@@ -55,16 +64,17 @@ def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
 ) -> tuple[list[Any], list[Any]]:
     operands = by_slot(slots, primals)
-    out, lse = rules.bind(rules.forward_p, operands, **params)
+    results = dict(
+        zip(forward_results(slots), rules.bind(rules.forward_p, operands, **params), strict=True)
+    )
     # Named, so that a checkpoint policy may keep them and spare the backward pass a forward one.
-    out = checkpoint_name(out, "attention_out")
-    lse = checkpoint_name(lse, "attention_logsumexp")
+    results = {slot: checkpoint_name(x, _NAMES[slot]) for slot, x in results.items()}
+    values = list(results.values())
     moving = by_slot(slots, tangents).items()
     along = {TANGENT_OF[slot]: t for slot, t in moving if type(t) is not ad.Zero}
     if not along:
-        return [out, lse], [rules.no_tangent(x) for x in (out, lse)]
-    known = operands | {Slot.OUT: out, Slot.LSE: lse}
-    return [out, lse], rules.bind(rules.tangent_p, known | along, **params)
+        return values, [rules.no_tangent(x) for x in values]
+    return values, rules.bind(rules.tangent_p, operands | results | along, **params)
 
 
 rules.register_abstract_eval(rules.forward_p, _result_types)

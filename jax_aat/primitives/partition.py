@@ -19,13 +19,11 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_aat.problem import Extents, Operands, Slot, by_slot, extents
+from jax_aat.problem import KV_LIKE, LISTS, Extents, Operands, Slot, by_slot, extents
 
 Results = dict[Slot, jax.ShapeDtypeStruct]
 Call = Callable[[Operands, Results], Sequence[jax.Array]]
 AxisNames = tuple[Any, ...]
-
-_KV_LIKE = (Slot.K, Slot.V, Slot.DK, Slot.DV)
 
 
 def partitioned(call: Call, operands: Operands, results: Results) -> Sequence[jax.Array]:
@@ -99,8 +97,9 @@ def _sharding_rule(
         if head is not None and shapes[slot][head] != 1:
             # Those of grouped queries are no factor of the others: part of a mesh axis would then
             # split the key/value heads, which no PartitionSpec can say.
-            grouped = slot in _KV_LIKE and sizes.groups > 1
-            names[head] = "kvheads" if grouped else "heads"
+            # Neither are chunks of query heads: there are fewer of them.
+            grouped = slot in KV_LIKE and sizes.groups > 1
+            names[head] = "chunks" if slot in LISTS else "kvheads" if grouped else "heads"
         return " ".join(names)
 
     left, right = (", ".join(map(factors, some)) for some in (slots, wanted))
@@ -174,8 +173,10 @@ class _Split:
             entries = (spec[axis] for slot, spec in specs.items() if shapes[slot][axis] == size)
             batch.append(claim(next((e for e in entries if e is not None), None), size))
         split = cls(mesh, sizes, shapes, tuple(batch), heads)
-        straddles = split.kv_replicated and sizes.groups % (sizes.heads // split.head_shards)
-        return dataclasses.replace(split, heads=()) if straddles else split
+        straddles = sizes.groups % (sizes.heads // split.head_shards) != 0
+        # The transposed lists of a key/value head name query tiles of all its heads.
+        whole = split.kv_replicated and (straddles or Slot.LEVELS in shapes)
+        return dataclasses.replace(split, heads=()) if whole else split
 
     @property
     def head_shards(self) -> int:
@@ -195,19 +196,19 @@ class _Split:
             if shape[axis] != 1:
                 entries[axis] = names or None
         head = slot.head_axis
-        if head is not None and shape[head] != 1 and not (slot in _KV_LIKE and self.kv_replicated):
+        if head is not None and shape[head] != 1 and not (slot in KV_LIKE and self.kv_replicated):
             entries[head] = self.heads or None
         return P(*entries)
 
     def run(self, call: Call, operands: Operands, results: Results) -> tuple[jax.Array, ...]:
         """Computes the results of one shard."""
-        kv_results = [slot for slot in results if slot in _KV_LIKE]
+        kv_results = [slot for slot in results if slot in KV_LIKE]
         called = results
         if self.kv_replicated:
             first = lax.axis_index(self.heads) * (self.sizes.heads // self.head_shards)
             kv_head = first // self.sizes.groups
             operands = {
-                slot: lax.dynamic_slice_in_dim(x, kv_head, 1, x.ndim - 2) if slot in _KV_LIKE else x
+                slot: lax.dynamic_slice_in_dim(x, kv_head, 1, x.ndim - 2) if slot in KV_LIKE else x
                 for slot, x in operands.items()
             }
             called = results | {slot: _one_head(results[slot]) for slot in kv_results}

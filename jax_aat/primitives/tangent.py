@@ -1,6 +1,7 @@
 """The tangent primitive: (q, k, v, ..., out, logsumexp, dq, dk, dv, dbias) -> (dout, dlogsumexp).
 
-Linear in the tangents dq, dk, dv and dbias, of which those that are zero are left out.
+Linear in the tangents dq, dk, dv and dbias, of which those that are zero are left out. With a plan
+there are shares and dshares, dcoarse_k, dcoarse_v and dlevel_bias besides.
 """
 
 from collections.abc import Sequence
@@ -11,22 +12,22 @@ from jax.interpreters import ad
 
 from jax_aat import tiled_xla
 from jax_aat.primitives import rules
-from jax_aat.problem import Operands, Slot, accumulation_dtype, extents
+from jax_aat.problem import TANGENT_OF, Operands, Slot, extents, forward_results
 
 
 def _result_types(operands: Operands, **_: Any) -> dict[Slot, jax.ShapeDtypeStruct]:
-    sizes, dtype = extents(operands), operands[Slot.Q].dtype
+    sizes = extents(operands)
     return {
-        Slot.DOUT: jax.ShapeDtypeStruct(sizes.shape(Slot.DOUT), dtype),
-        Slot.DLSE: jax.ShapeDtypeStruct(sizes.shape(Slot.DLSE), accumulation_dtype(dtype)),
+        TANGENT_OF[slot]: jax.ShapeDtypeStruct(sizes.shape(slot), operands[slot].dtype)
+        for slot in forward_results(operands)
     }
 
 
 def _transposed(
     known: Operands, cotangents: Sequence[Any], wanted: dict[Slot, Any], **params: Any
 ) -> dict[Slot, Any]:
-    pairs = zip((Slot.DOUT, Slot.DLSE), cotangents, strict=True)
-    along = {slot: ct for slot, ct in pairs if type(ct) is not ad.Zero}
+    pairs = zip(forward_results(known), cotangents, strict=True)
+    along = {TANGENT_OF[slot]: ct for slot, ct in pairs if type(ct) is not ad.Zero}
     dbias_shape = None
     if Slot.DBIAS in wanted:
         # Summed by the pass over the axes along which bias broadcasts.
@@ -47,6 +48,9 @@ rules.register_batching(rules.tangent_p)
 rules.register_linear(
     rules.tangent_p,
     tiled_xla.tangent,
-    linear=(Slot.DQ, Slot.DK, Slot.DV, Slot.DBIAS),
+    linear=(
+        *(Slot.DQ, Slot.DK, Slot.DV, Slot.DBIAS),
+        *(Slot.DCOARSE_K, Slot.DCOARSE_V, Slot.DLEVEL_BIAS),
+    ),
     transposed=_transposed,
 )

@@ -28,6 +28,10 @@ def vulkan_call(
     Returns:
       The results, in the order of `results`.
     """
+    if Slot.LEVELS in operands:
+        raise NotImplementedError(
+            "adaptive attention is not yet served by Vulkan; pass implementation='xla'"
+        )
     batch = broadcast_batch(operands)
     shapes = [*(x.shape for x in operands.values()), *(t.shape for t in results.values())]
     axes = BatchAxes.merging(batch, shapes, MAX_BATCH_AXES)

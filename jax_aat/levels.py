@@ -1,0 +1,142 @@
+"""The levels map: at which resolution each tile of queries sees each granule of keys.
+
+A granule at level 0 is read key by key, at level 1 as its own mean row, at level 2 as part of the
+mean row of its super-tile; at level 3 it is never read. The map holds two bits a granule: granule g
+of a tile lies in bits 2 (g % 16) and up of word g // 16. What the levels mean for the result stands
+in `docs/architecture.md`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GRANULE = 16
+"""Keys of a granule, the unit of routing."""
+SUPER_TILE = 1024
+"""Keys of a super-tile, the unit of the coarsest level and of the state."""
+KEY_TILE = 128
+"""Keys, or coarse rows, that share one transposed list."""
+
+EXACT, MEAN, SUPER_MEAN, HIDDEN = range(4)
+
+_FIELDS = 16  # granules of a word
+_GRANULES_OF_SUPER_TILE = SUPER_TILE // GRANULE
+
+
+def tile_heads_of(groups: int) -> int:
+    """Query heads of a tile: the largest power of two that divides N / K, at most 16."""
+    return math.gcd(groups, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How a call is cut into query tiles, granules and super-tiles.
+
+    Attributes:
+      queries: T.
+      keys: S.
+      heads: N, of the queries.
+      kv_heads: K, of keys and values.
+      query_tile: Rows of a query tile: positions times heads.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    query_tile: int
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of a tile; they share a key/value head."""
+        return tile_heads_of(self.heads // self.kv_heads)
+
+    @property
+    def positions(self) -> int:
+        """P: consecutive query positions of a tile."""
+        return self.query_tile // self.tile_heads
+
+    @property
+    def lists(self) -> int:
+        """L: chunks of `tile_heads` query heads; each has a list for every tile of positions."""
+        return self.heads // self.tile_heads
+
+    @property
+    def lists_per_kv_head(self) -> int:
+        """Chunks of query heads that share a key/value head."""
+        return self.lists // self.kv_heads
+
+    @property
+    def tiles(self) -> int:
+        """I: tiles along the queries."""
+        return -(-self.queries // self.positions)
+
+    @property
+    def granules(self) -> int:
+        """Granules along the keys; the last one may be ragged."""
+        return -(-self.keys // GRANULE)
+
+    @property
+    def super_tiles(self) -> int:
+        """Super-tiles along the keys; the last one may be ragged."""
+        return -(-self.keys // SUPER_TILE)
+
+    @property
+    def coarse_rows(self) -> int:
+        """R: mean rows, those of granules first, then those of super-tiles."""
+        return self.granules + self.super_tiles
+
+    @property
+    def words(self) -> int:
+        """W: words of the levels map of one tile."""
+        return -(-self.granules // _FIELDS)
+
+    @property
+    def key_tiles(self) -> int:
+        """Transposed lists of tiles of keys; those of coarse rows follow."""
+        return -(-self.keys // KEY_TILE)
+
+    @property
+    def coarse_tiles(self) -> int:
+        """Transposed lists of tiles of coarse rows."""
+        return -(-self.coarse_rows // KEY_TILE)
+
+    @property
+    def granule_sizes(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Keys of each granule, [granules] int32."""
+        starts = np.arange(self.granules) * GRANULE
+        return np.minimum(GRANULE, self.keys - starts).astype(np.int32)
+
+    @property
+    def super_tile_of(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Super-tile of each granule, [granules] int32."""
+        return (np.arange(self.granules) // _GRANULES_OF_SUPER_TILE).astype(np.int32)
+
+    def by_super_tile(self, x: jax.Array) -> jax.Array:
+        """Splits the last axis, along granules, into [super-tiles, 64], padded with 0."""
+        whole = self.super_tiles * _GRANULES_OF_SUPER_TILE
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, whole - x.shape[-1])])
+        return padded.reshape(*x.shape[:-1], self.super_tiles, _GRANULES_OF_SUPER_TILE)
+
+
+def pack_levels(levels: jax.Array) -> jax.Array:
+    """[..., granules] integers as [..., W] uint32; fields past the last granule are hidden."""
+    words = -(-levels.shape[-1] // _FIELDS)
+    missing = words * _FIELDS - levels.shape[-1]
+    padding = [(0, 0)] * (levels.ndim - 1) + [(0, missing)]
+    fields = jnp.pad(levels.astype(jnp.uint32), padding, constant_values=HIDDEN)
+    fields = fields.reshape(*levels.shape[:-1], words, _FIELDS)
+    return (fields << _shifts()).sum(-1, dtype=jnp.uint32)
+
+
+def unpack_levels(words: jax.Array, granules: int) -> jax.Array:
+    """The inverse of `pack_levels`: [..., granules] uint32."""
+    fields = (words[..., None] >> _shifts()) & jnp.uint32(3)
+    return fields.reshape(*words.shape[:-1], -1)[..., :granules]
+
+
+def _shifts() -> jax.Array:
+    return 2 * jnp.arange(_FIELDS, dtype=jnp.uint32)
