@@ -119,7 +119,8 @@ class Grid:
         """Splits the last axis, along granules, into [super-tiles, 64], padded with 0."""
         whole = self.super_tiles * _GRANULES_OF_SUPER_TILE
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, whole - x.shape[-1])])
-        return padded.reshape(*x.shape[:-1], self.super_tiles, _GRANULES_OF_SUPER_TILE)
+        shape = (*x.shape[:-1], self.super_tiles, _GRANULES_OF_SUPER_TILE)
+        return jnp.reshape(padded, shape)
 
 
 def pack_levels(levels: jax.Array) -> jax.Array:
@@ -135,7 +136,7 @@ def pack_levels(levels: jax.Array) -> jax.Array:
 def unpack_levels(words: jax.Array, granules: int) -> jax.Array:
     """The inverse of `pack_levels`: [..., granules] uint32."""
     fields = (words[..., None] >> _shifts()) & jnp.uint32(3)
-    return fields.reshape(*words.shape[:-1], -1)[..., :granules]
+    return jnp.reshape(fields, (*words.shape[:-1], -1))[..., :granules]
 
 
 def _shifts() -> jax.Array:

@@ -196,7 +196,7 @@ def extents(operands: Mapping[Slot, Any]) -> Extents:
     return Extents(batch, queries, keys, heads, kv_heads, head_dim, coarse_rows)
 
 
-def forward_results(operands: Iterable[Slot]) -> tuple[Slot, ...]:
+def forward_results(operands: Iterable[int]) -> tuple[Slot, ...]:
     """What the forward pass of `operands` gives."""
     return (Slot.OUT, Slot.LSE, *((Slot.SHARES,) if Slot.LEVELS in operands else ()))
 

@@ -103,7 +103,11 @@ def dense_adaptive_attention(
       The output [B, T, N, H], logsumexp [B, T, N] and shares [B, T, N, 2], the probability of all
       rows at level 1 and at level 2; in float64 if `query` is float64, else in float32.
     """
-    common = {"scale": scale, "logits_soft_cap": logits_soft_cap}
+    common: dict[str, Any] = {
+        "scale": scale,
+        "logits_soft_cap": logits_soft_cap,
+        "query_seq_lengths": query_seq_lengths,
+    }
     (_, queries, heads, _), (keys, kv_heads) = query.shape, key.shape[1:3]
     grid = Grid(queries, keys, heads, kv_heads, query_tile)
     level = unpack_levels(levels, grid.granules)
@@ -111,8 +115,7 @@ def dense_adaptive_attention(
     level = jnp.repeat(level, grid.tile_heads, axis=1)
     level = jnp.repeat(level, grid.positions, axis=2)[:, :, :queries]
 
-    lengths = {"query_seq_lengths": query_seq_lengths}
-    fine, visible = _logits(query, key, bias, mask, **common, **lengths, **conditions)
+    fine, visible = _logits(query, key, bias, mask, **common, **conditions)
     visible &= jnp.repeat(level == EXACT, GRANULE, axis=-1)[..., :keys]
 
     granule_counts = jnp.where(level == MEAN, grid.granule_sizes, 0)
@@ -121,7 +124,7 @@ def dense_adaptive_attention(
     if bias is not None and bias.shape[-1] != 1:
         firsts = [np.arange(grid.granules) * GRANULE, np.arange(grid.super_tiles) * SUPER_TILE]
         bias = bias[..., np.concatenate(firsts)]
-    coarse, in_length = _logits(query, coarse_key, bias, None, **common, **lengths)
+    coarse, in_length = _logits(query, coarse_key, bias, None, **common)
     coarse += jnp.log(jnp.maximum(counts, 1).astype(coarse.dtype))
     if level_bias is not None:
         sizes = [grid.granules, grid.super_tiles]

@@ -1,8 +1,8 @@
 """The tiled algorithm in jax.numpy, `implementation='xla'`: forward, tangent and backward pass.
 
 A pass is a fold over a work list: the pairs of a tile of queries and a block of keys that see each
-other at all. It holds one tile of logits at a time, so that its memory is linear in the number of
-queries and keys. The formulas stand in `docs/architecture.md`.
+other at all, or those that a plan chose. It holds one tile of logits at a time, so that its memory
+is linear in the number of queries and keys. The formulas stand in `docs/architecture.md`.
 """
 
 from collections.abc import Sequence
@@ -11,31 +11,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot
-from jax_aat.tiles import Accumulators, Tiles
+from jax_aat.listed_tiles import ListedTiles
+from jax_aat.problem import (
+    EMPTY_LOGSUMEXP,
+    TANGENT_OF,
+    Operands,
+    Options,
+    Slot,
+    forward_results,
+)
+from jax_aat.tiles import Accumulators, TiledCall, Tiles
 
 TILE = (256, 512)
 """Queries of a tile, keys of a block."""
 
 
 def forward(
-    operands: Operands, options: Options, tile: tuple[int, int] = TILE
-) -> tuple[jax.Array, jax.Array]:
+    operands: Operands,
+    options: Options,
+    tile: tuple[int, int] = TILE,
+    differentiable: bool = False,
+) -> tuple[jax.Array, ...]:
     """Attention by online softmax (Milakov and Gimelshein 2018; Dao 2023, algorithm 1).
 
     Returns:
-      out [*batch, T, N, H] in the dtype of q, logsumexp [*batch, T, N].
+      out [*batch, T, N, H] in the dtype of q, logsumexp [*batch, T, N] and, with a plan, shares
+      [*batch, T, N, 2].
     """
-    tiles = Tiles.cut(operands, options, tile)
-    rows = tiles.row_shape
-    start = {
-        "max": tiles.filled(rows, -jnp.inf),
-        "sum": tiles.filled(rows, 0),
-        "out": tiles.filled((*rows, tiles.extents.head_dim), 0),
-    }
+    tiles = _cut(operands, options, tile, differentiable)
+    rows = {"max": ((), -jnp.inf), "sum": ((), 0), "out": ((tiles.extents.head_dim,), 0)}
+    if Slot.LEVELS in operands:
+        rows["shares"] = ((2,), 0)
 
-    def step(carry: Accumulators, i: Any, j: Any) -> Accumulators:
-        old = {name: tiles.rows_of(x, i) for name, x in carry.items()}
+    def step(old: Accumulators, keys: Accumulators, i: Any, j: Any) -> Any:
         logits = tiles.logits(i, j)[0]
         largest = jnp.maximum(old["max"], logits.max(-1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -48,48 +56,68 @@ def forward(
             "out": old["out"] * decay[..., None]
             + tiles.product("kgts,skh->kgth", weights, tiles.take(Slot.V, i, j)),
         }
-        return {name: tiles.with_rows(carry[name], i, x) for name, x in new.items()}
+        if "shares" in old:
+            new["shares"] = old["shares"] * decay[..., None]
+        if tiles.is_coarse(j):
+            new["shares"] += tiles.by_level(weights, j)
+        return new, keys
 
-    end = tiles.fold(step, start)
+    end, _ = tiles.fold(step, rows)
     empty = end["sum"] == 0
     total = jnp.where(empty, 1, end["sum"])
     lse = jnp.where(empty, EMPTY_LOGSUMEXP, end["max"] + jnp.log(total))
-    return tiles.result(Slot.OUT, end["out"] / total[..., None]), tiles.result(Slot.LSE, lse)
+    results = {Slot.OUT: end["out"] / total[..., None], Slot.LSE: lse}
+    if "shares" in end:
+        results[Slot.SHARES] = end["shares"] / total[..., None]
+    return tuple(tiles.result(slot, x) for slot, x in results.items())
 
 
 def tangent(
-    operands: Operands, options: Options, tile: tuple[int, int] = TILE
-) -> tuple[jax.Array, jax.Array]:
+    operands: Operands,
+    options: Options,
+    tile: tuple[int, int] = TILE,
+    differentiable: bool = False,
+) -> tuple[jax.Array, ...]:
     """Derivative of the forward pass along the tangents among `operands`.
 
     Returns:
-      Tangents of out and of logsumexp, shaped as these.
+      Tangents of the results of the forward pass, shaped as these.
     """
-    tiles = Tiles.cut(operands, options, tile)
-    rows = tiles.row_shape
-    moves_logits = any(slot in operands for slot in (Slot.DQ, Slot.DK, Slot.DBIAS))
-    start = {
-        Slot.DLSE: tiles.filled(rows, 0),
-        Slot.DOUT: tiles.filled((*rows, tiles.extents.head_dim), 0),
-    }
+    tiles = _cut(operands, options, tile, differentiable)
+    moves_logits = any(
+        slot in operands
+        for slot in (Slot.DQ, Slot.DK, Slot.DBIAS, Slot.DCOARSE_K, Slot.DLEVEL_BIAS)
+    )
+    rows: dict[Any, Any] = {Slot.DLSE: ((), 0), Slot.DOUT: ((tiles.extents.head_dim,), 0)}
+    if Slot.LEVELS in operands:
+        rows[Slot.DSHARES] = ((2,), 0)
 
-    def step(carry: Accumulators, i: Any, j: Any) -> Accumulators:
+    def step(old: Accumulators, keys: Accumulators, i: Any, j: Any) -> Any:
         logits, slope = tiles.logits(i, j)
         weights = jnp.exp(logits - tiles.take(Slot.LSE, i, j)[..., None])
-        new = {slot: tiles.rows_of(x, i) for slot, x in carry.items()}
+        new = dict(old)
         if moves_logits:
             moved = weights * tiles.logits_tangent(slope, i, j)
             new[Slot.DLSE] += moved.sum(-1)
             new[Slot.DOUT] += tiles.product("kgts,skh->kgth", moved, tiles.take(Slot.V, i, j))
-        if Slot.DV in operands:
+            if tiles.is_coarse(j):
+                new[Slot.DSHARES] += tiles.by_level(moved, j)
+        if tiles.key_slot(Slot.DV, j) in operands:
             dv = tiles.take(Slot.DV, i, j)
             new[Slot.DOUT] += tiles.product("kgts,skh->kgth", weights, dv)
-        return {slot: tiles.with_rows(carry[slot], i, x) for slot, x in new.items()}
+        return new, keys
 
-    end = tiles.fold(step, start)
-    out = tiles.grouped_rows(Slot.OUT)
-    dout = end[Slot.DOUT] - end[Slot.DLSE][..., None] * out
-    return tiles.result(Slot.DOUT, dout), tiles.result(Slot.DLSE, end[Slot.DLSE])
+    end, _ = tiles.fold(step, rows)
+    mean = end[Slot.DLSE]
+    results = {Slot.DLSE: mean}
+    for slot in forward_results(operands):
+        if slot is not Slot.LSE:
+            shift = mean[..., None] * tiles.grouped_rows(slot)
+            results[TANGENT_OF[slot]] = end[TANGENT_OF[slot]] - shift
+    return tuple(
+        tiles.result(TANGENT_OF[slot], results[TANGENT_OF[slot]])
+        for slot in forward_results(operands)
+    )
 
 
 def backward(
@@ -98,58 +126,72 @@ def backward(
     results: Sequence[Slot],
     dbias_shape: tuple[int, ...] | None = None,
     tile: tuple[int, int] = TILE,
+    differentiable: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Transpose of the tangent pass: gradients from the cotangents among `operands`.
 
     Args:
       operands: Those of the forward pass, its results, and the cotangents that are not zero.
       options: Those of the forward pass.
-      results: Which of DQ, DK, DV, DBIAS are wanted.
+      results: Which of DQ, DK, DV, DBIAS, DCOARSE_K, DCOARSE_V, DLEVEL_BIAS are wanted.
       dbias_shape: Shape of DBIAS; summed over the axes where it is 1.
-      tile: Queries of a tile, keys of a block.
+      tile: Queries of a tile, keys of a block; a plan brings its own.
+      differentiable: Whether this pass is to be differentiated itself.
 
     Returns:
       The wanted gradients with all batch axes, in the dtypes of their operands.
     """
-    tiles = Tiles.cut(operands, options, tile)
+    tiles = _cut(operands, options, tile, differentiable)
     sizes = tiles.extents
-    shapes = {
-        Slot.DQ: (*tiles.row_shape, sizes.head_dim),
-        Slot.DK: tiles.padded_shape(Slot.DK, sizes.shape(Slot.DK)),
-        Slot.DV: tiles.padded_shape(Slot.DV, sizes.shape(Slot.DV)),
+    rows: dict[Any, Any] = {Slot.DQ: ((sizes.head_dim,), 0), Slot.DLEVEL_BIAS: ((2,), 0)}
+    along_keys = {
+        slot: dbias_shape if slot is Slot.DBIAS and dbias_shape else sizes.shape(slot)
+        for slot in results
+        if slot not in rows
     }
-    if dbias_shape is not None:
-        shapes[Slot.DBIAS] = tiles.padded_shape(Slot.DBIAS, dbias_shape)
-    start = {slot: tiles.filled(shapes[slot], 0) for slot in results}
     delta = tiles.filled(tiles.row_shape, 0)
-    if Slot.DOUT in operands:
-        delta += (tiles.grouped_rows(Slot.DOUT) * tiles.grouped_rows(Slot.OUT)).sum(-1)
+    for slot in (Slot.OUT, Slot.SHARES):
+        if TANGENT_OF[slot] in operands:
+            delta += (tiles.grouped_rows(TANGENT_OF[slot]) * tiles.grouped_rows(slot)).sum(-1)
     if Slot.DLSE in operands:
         delta -= tiles.grouped_rows(Slot.DLSE)
 
-    def step(carry: Accumulators, i: Any, j: Any) -> Accumulators:
+    def step(old: Accumulators, old_keys: Accumulators, i: Any, j: Any) -> Any:
         logits, slope = tiles.logits(i, j)
         weights = jnp.exp(logits - tiles.take(Slot.LSE, i, j)[..., None])
-        new = dict(carry)
+        new, keys = dict(old), dict(old_keys)
+        key_slot, value_slot = tiles.key_slot(Slot.DK, j), tiles.key_slot(Slot.DV, j)
         pull = -tiles.rows_of(delta, i)[..., None]
         if Slot.DOUT in operands:
             dout = tiles.take(Slot.DOUT, i, j)
             pull += tiles.product("tkgh,skh->kgts", dout, tiles.take(Slot.V, i, j))
-            if Slot.DV in new:
+            if value_slot in keys:
                 dv = tiles.product("kgts,tkgh->skh", weights, dout)
-                new[Slot.DV] = tiles.add(Slot.DV, carry[Slot.DV], i, j, dv)
+                keys[value_slot] = tiles.add(value_slot, keys[value_slot], i, j, dv)
+        if tiles.is_coarse(j) and Slot.DSHARES in operands:
+            pull += tiles.take(Slot.DSHARES, i, j)
         dlogits = weights * pull
-        if Slot.DBIAS in new:
-            dbias = tiles.ungrouped(dlogits)
-            new[Slot.DBIAS] = tiles.add(Slot.DBIAS, carry[Slot.DBIAS], i, j, dbias)
+        if Slot.DBIAS in keys:
+            keys[Slot.DBIAS] = tiles.add(Slot.DBIAS, keys[Slot.DBIAS], i, j, dlogits)
+        if Slot.DLEVEL_BIAS in old and tiles.is_coarse(j):
+            new[Slot.DLEVEL_BIAS] += tiles.by_level(dlogits, j)
         dscores = dlogits * slope * options.scale
-        if Slot.DQ in new:
+        if Slot.DQ in old:
             dq = tiles.product("kgts,skh->kgth", dscores, tiles.take(Slot.K, i, j))
-            new[Slot.DQ] = tiles.with_rows(carry[Slot.DQ], i, tiles.rows_of(carry[Slot.DQ], i) + dq)
-        if Slot.DK in new:
+            new[Slot.DQ] += dq
+        if key_slot in keys:
             dk = tiles.product("kgts,tkgh->skh", dscores, tiles.take(Slot.Q, i, j))
-            new[Slot.DK] = tiles.add(Slot.DK, carry[Slot.DK], i, j, dk)
-        return new
+            keys[key_slot] = tiles.add(key_slot, keys[key_slot], i, j, dk)
+        return new, keys
 
-    end = tiles.fold(step, start)
+    ends = tiles.fold(step, {slot: x for slot, x in rows.items() if slot in results}, along_keys)
+    end = ends[0] | ends[1]
     return tuple(tiles.result(slot, end[slot]) for slot in results)
+
+
+def _cut(
+    operands: Operands, options: Options, tile: tuple[int, int], differentiable: bool
+) -> TiledCall:
+    if Slot.LEVELS in operands:
+        return ListedTiles.of(operands, options, differentiable)
+    return Tiles.cut(operands, options, tile)

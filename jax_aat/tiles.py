@@ -4,9 +4,10 @@ Inside a tile the query heads are grouped by the key/value head that they share:
 [*batch, K, G, t, s], queries as [*batch, t, K, G, H], row statistics as [*batch, K, G, t].
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,133 +30,108 @@ _PRECISION = {
     jnp.dtype(jnp.float16): lax.Precision.HIGH,
 }
 
+_COARSE = {
+    Slot.K: Slot.COARSE_K,
+    Slot.V: Slot.COARSE_V,
+    Slot.DK: Slot.DCOARSE_K,
+    Slot.DV: Slot.DCOARSE_V,
+}
+
 Accumulators = dict[Any, jax.Array]
 """What a fold carries, by slot or name."""
 
+Step = Callable[[Accumulators, Accumulators, Any, Any], tuple[Accumulators, Accumulators]]
+"""(rows of a tile, gradients along keys, tile, block) -> both, after the pair of tile and block."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
-    """An attention call cut into tiles.
+class TiledCall(abc.ABC):
+    """An attention call as pairs of a tile of queries and a block of keys.
 
     Attributes:
-      operands: Those of the call, padded along queries and keys to whole tiles.
+      operands: Those of the call, brought into the form that the pairs are taken from.
       options: Those of the call.
       extents: Sizes of the call, without padding.
-      rows: Queries of a tile.
-      columns: Keys of a block.
     """
 
     operands: Operands
     options: Options
     extents: Extents
-    rows: int
-    columns: int
-
-    @classmethod
-    def cut(cls, operands: Operands, options: Options, tile: tuple[int, int]) -> "Tiles":
-        """Cuts a call into tiles of at most `tile` = (queries, keys)."""
-        sizes = extents(operands)
-        # A symbolic length is cut into full tiles.
-        rows = min(tile[0], sizes.queries) if isinstance(sizes.queries, int) else tile[0]
-        columns = min(tile[1], sizes.keys) if isinstance(sizes.keys, int) else tile[1]
-        tiles = cls(operands, options, sizes, rows, columns)
-        padded = {
-            slot: _pad_to(x, tiles.padded_shape(slot, x.shape)) for slot, x in operands.items()
-        }
-        return dataclasses.replace(tiles, operands=padded)
-
-    @property
-    def padded_queries(self) -> int:
-        """T, rounded up to whole tiles."""
-        return -(-self.extents.queries // self.rows) * self.rows
-
-    @property
-    def padded_keys(self) -> int:
-        """S, rounded up to whole blocks."""
-        return -(-self.extents.keys // self.columns) * self.columns
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """[*batch, K, G, padded T]: shape of a statistic of query rows."""
-        sizes = self.extents
-        return (*sizes.batch, sizes.kv_heads, sizes.groups, self.padded_queries)
 
     @property
     def dtype(self) -> "np.dtype[Any]":
         """Type of logits and accumulators."""
         return accumulation_dtype(self.operands[Slot.Q].dtype)
 
-    def padded_shape(self, slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of an operand once it is padded; axes of size 1 that broadcast stay."""
-        padded = list(shape)
-        axes = (
-            (slot.query_axis, self.extents.queries, self.padded_queries),
-            (slot.key_axis, self.extents.keys, self.padded_keys),
-        )
-        for axis, size, padded_size in axes:
-            if axis is not None and shape[axis] == size:
-                padded[axis] = padded_size
-        return tuple(padded)
+    @property
+    @abc.abstractmethod
+    def padded_queries(self) -> int:
+        """T, rounded up to whole tiles."""
 
-    def filled(self, shape: tuple[int, ...], value: float) -> jax.Array:
-        """An accumulator."""
-        return vary_like(jnp.full(shape, value, self.dtype), self.operands.values())
+    @property
+    @abc.abstractmethod
+    def padded_keys(self) -> int:
+        """S, rounded up to whole blocks."""
 
+    @property
+    @abc.abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a statistic of all query rows."""
+
+    @abc.abstractmethod
     def fold(
-        self, step: Callable[[Accumulators, Any, Any], Accumulators], start: Accumulators
-    ) -> Accumulators:
-        """Runs `step(carry, tile index, block index)` over the work list."""
-        pairs = self._work_list()
-        if pairs.shape[0] == 1:
-            return step(start, 0, 0)
-        # For derivatives of derivatives: tiles of logits are recomputed rather than stored.
-        recomputed = jax.checkpoint(step, prevent_cse=False)
-        return lax.scan(lambda carry, ij: (recomputed(carry, *ij), None), start, pairs)[0]
+        self,
+        step: Step,
+        rows: Mapping[Any, tuple[tuple[int, ...], float]],
+        keys: Mapping[Slot, tuple[int, ...]] | None = None,
+    ) -> tuple[Accumulators, Accumulators]:
+        """Runs `step` over the work list.
 
-    def _work_list(self) -> Any:
-        """[pairs, 2]: every tile with every block that it sees, by causality and window."""
-        tile_count = self.padded_queries // self.rows
-        block_count = self.padded_keys // self.columns
-        if not (isinstance(tile_count, int) and isinstance(block_count, int)):
-            pairs = jnp.arange(tile_count * block_count, dtype=jnp.int32)
-            return jnp.stack([pairs // block_count, pairs % block_count], axis=-1)
-        tile, block = np.indices((tile_count, block_count))
-        # Key minus query position lies in [nearest, furthest] inside a pair.
-        nearest = block * self.columns - ((tile + 1) * self.rows - 1)
-        furthest = (block + 1) * self.columns - 1 - tile * self.rows
-        left, right = self.options.window
-        seen = np.ones((tile_count, block_count), bool)
-        if self.options.causal:
-            seen &= nearest <= 0
-        if left >= 0:
-            seen &= furthest >= -left
-        if right >= 0:
-            seen &= nearest <= right
-        return np.argwhere(seen).astype(np.int32)
+        Args:
+          step: What a pair adds to the rows of its tile and to gradients along keys.
+          rows: For each accumulator of query rows its axes after those of `row_shape` and the value
+            that it starts from.
+          keys: Shape of each gradient along keys, as `Extents.shape` says; they start from 0.
 
+        Returns:
+          The accumulators of all rows, [*row_shape, ...], and the gradients along keys.
+        """
+
+    @abc.abstractmethod
     def take(self, slot: Slot, i: Any, j: Any) -> jax.Array:
-        """Part of an operand that tile i and block j need, grouped by heads."""
-        x = self.operands[slot]
-        if slot.query_axis is not None and x.shape[slot.query_axis] == self.padded_queries:
-            x = _slice(x, slot.query_axis, i, self.rows)
-        if slot.key_axis is not None and x.shape[slot.key_axis] == self.padded_keys:
-            x = _slice(x, slot.key_axis, j, self.columns)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(self.dtype)
-        match slot:
-            case Slot.Q_LENGTHS | Slot.KV_LENGTHS:
-                return x[..., None, None, None, None]
-            case Slot.Q_SEGMENTS:
-                return x[..., None, None, :, None]
-            case Slot.KV_SEGMENTS:
-                return x[..., None, None, None, :]
-            case Slot.K | Slot.V | Slot.DK | Slot.DV:
-                return x
-            case Slot.LSE | Slot.DLSE:
-                return jnp.moveaxis(self._grouped(x, -1), -3, -1)
-            case _:
-                assert slot.head_axis is not None
-                return self._grouped(x, slot.head_axis)
+        """Part of an operand that tile i and block j need, grouped by heads.
+
+        K, V, DK and DV are those of coarse rows in a block of these.
+        """
+
+    @abc.abstractmethod
+    def rows_of(self, x: jax.Array, i: Any) -> jax.Array:
+        """Rows of tile i of a statistic [*row_shape, ...]."""
+
+    @abc.abstractmethod
+    def grouped_rows(self, slot: Slot) -> jax.Array:
+        """A whole operand of query rows as [*row_shape, ...]."""
+
+    @abc.abstractmethod
+    def add(self, slot: Slot, x: jax.Array, i: Any, j: Any, part: jax.Array) -> jax.Array:
+        """Adds a pair's part to a gradient along keys."""
+
+    @abc.abstractmethod
+    def result(self, slot: Slot, x: jax.Array) -> jax.Array:
+        """An accumulator as a result of the call: without padding and grouping, in its dtype."""
+
+    @abc.abstractmethod
+    def positions(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
+        """Positions of queries and of keys of a pair, which broadcast to its logits."""
+
+    def is_coarse(self, j: Any) -> bool:
+        """Whether a block is one of coarse rows, each of which stands for several keys."""
+        del j
+        return False
+
+    def key_slot(self, slot: Slot, j: Any) -> Slot:
+        """The slot of K, V, DK or DV for the rows of a block."""
+        return _COARSE[slot] if self.is_coarse(j) else slot
 
     def logits(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array | float]:
         """Logits of a pair, -inf where hidden, and the slope of the soft cap."""
@@ -168,29 +144,42 @@ class Tiles:
             scores, slope = cap * squashed, 1 - squashed**2
         if Slot.BIAS in self.operands:
             scores += self.take(Slot.BIAS, i, j)
-        visible = self._visible(i, j)
+        if self.is_coarse(j):
+            scores += self.mass(j)
+            if Slot.LEVEL_BIAS in self.operands:
+                scores += self.take(Slot.LEVEL_BIAS, i, j)
+        visible = self.visible(i, j)
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf), slope
 
     def logits_tangent(self, slope: jax.Array | float, i: Any, j: Any) -> jax.Array | float:
-        """Tangent of the logits of a pair along DQ, DK and DBIAS."""
+        """Tangent of the logits of a pair along DQ, DK, DBIAS and DLEVEL_BIAS."""
         total: jax.Array | float = 0.0
         if Slot.DQ in self.operands:
             total += self.product(
                 "tkgh,skh->kgts", self.take(Slot.DQ, i, j), self.take(Slot.K, i, j)
             )
-        if Slot.DK in self.operands:
+        if self.key_slot(Slot.DK, j) in self.operands:
             total += self.product(
                 "tkgh,skh->kgts", self.take(Slot.Q, i, j), self.take(Slot.DK, i, j)
             )
         total *= slope * self.options.scale
         if Slot.DBIAS in self.operands:
             total += self.take(Slot.DBIAS, i, j)
+        if self.is_coarse(j) and Slot.DLEVEL_BIAS in self.operands:
+            total += self.take(Slot.DLEVEL_BIAS, i, j)
         return total
 
-    def _visible(self, i: Any, j: Any) -> jax.Array | None:
+    def mass(self, j: Any) -> jax.Array:
+        """Logarithm of the number of keys that each row of a coarse block stands for."""
+        raise NotImplementedError
+
+    def by_level(self, x: jax.Array, j: Any) -> jax.Array:
+        """Sums [..., rows of a coarse block] over those at level 1 and at level 2: [..., 2]."""
+        raise NotImplementedError
+
+    def visible(self, i: Any, j: Any) -> jax.Array | None:
         """Which keys of a block the queries of a tile see; None: all."""
-        query = i * self.rows + jnp.arange(self.rows)[:, None]
-        key = j * self.columns + jnp.arange(self.columns)
+        query, key = self.positions(i, j)
         left, right = self.options.window
         conditions = []
         # Whether a symbolic length is whole is not known here.
@@ -228,11 +217,147 @@ class Tiles:
             precision=_PRECISION.get(self.operands[Slot.Q].dtype, lax.Precision.HIGHEST),
         )
 
+    def filled(self, shape: tuple[int, ...], value: float) -> jax.Array:
+        """An accumulator."""
+        return vary_like(jnp.full(shape, value, self.dtype), self.operands.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles(TiledCall):
+    """An attention call cut into tiles of neighbours, every pair that may see each other listed.
+
+    Attributes:
+      rows: Queries of a tile.
+      columns: Keys of a block.
+    """
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def cut(cls, operands: Operands, options: Options, tile: tuple[int, int]) -> "Tiles":
+        """Cuts a call into tiles of at most `tile` = (queries, keys)."""
+        sizes = extents(operands)
+        # A symbolic length is cut into full tiles.
+        rows = min(tile[0], sizes.queries) if isinstance(sizes.queries, int) else tile[0]
+        columns = min(tile[1], sizes.keys) if isinstance(sizes.keys, int) else tile[1]
+        tiles = cls(operands, options, sizes, rows, columns)
+        padded = {
+            slot: _pad_to(x, tiles.padded_shape(slot, x.shape)) for slot, x in operands.items()
+        }
+        return dataclasses.replace(tiles, operands=padded)
+
+    @property
+    def padded_queries(self) -> int:
+        """See `TiledCall.padded_queries`."""
+        return -(-self.extents.queries // self.rows) * self.rows
+
+    @property
+    def padded_keys(self) -> int:
+        """See `TiledCall.padded_keys`."""
+        return -(-self.extents.keys // self.columns) * self.columns
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See `TiledCall.row_shape`: [*batch, K, G, padded T]."""
+        sizes = self.extents
+        return (*sizes.batch, sizes.kv_heads, sizes.groups, self.padded_queries)
+
+    def padded_shape(self, slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of an operand once it is padded; axes of size 1 that broadcast stay."""
+        padded = list(shape)
+        axes = (
+            (slot.query_axis, self.extents.queries, self.padded_queries),
+            (slot.key_axis, self.extents.keys, self.padded_keys),
+        )
+        for axis, size, padded_size in axes:
+            if axis is not None and shape[axis] == size:
+                padded[axis] = padded_size
+        return tuple(padded)
+
+    def fold(
+        self,
+        step: Step,
+        rows: Mapping[Any, tuple[tuple[int, ...], float]],
+        keys: Mapping[Slot, tuple[int, ...]] | None = None,
+    ) -> tuple[Accumulators, Accumulators]:
+        """See `TiledCall.fold`."""
+        start = (
+            {name: self.filled((*self.row_shape, *core), x) for name, (core, x) in rows.items()},
+            {s: self.filled(self.padded_shape(s, x), 0) for s, x in (keys or {}).items()},
+        )
+
+        def on_tile(carry: Any, i: Any, j: Any) -> Any:
+            old, keys = carry
+            new, keys = step({name: self.rows_of(x, i) for name, x in old.items()}, keys, i, j)
+            return {name: self._with_rows(old[name], i, x) for name, x in new.items()}, keys
+
+        pairs = self._work_list()
+        if pairs.shape[0] == 1:
+            return cast("tuple[Accumulators, Accumulators]", on_tile(start, 0, 0))
+        # For derivatives of derivatives: tiles of logits are recomputed rather than stored.
+        recomputed = jax.checkpoint(on_tile, prevent_cse=False)
+        return cast(
+            "tuple[Accumulators, Accumulators]",
+            lax.scan(lambda carry, ij: (recomputed(carry, *ij), None), start, pairs)[0],
+        )
+
+    def _work_list(self) -> Any:
+        """[pairs, 2]: every tile with every block that it sees, by causality and window."""
+        tile_count = self.padded_queries // self.rows
+        block_count = self.padded_keys // self.columns
+        if not (isinstance(tile_count, int) and isinstance(block_count, int)):
+            pairs = jnp.arange(tile_count * block_count, dtype=jnp.int32)
+            return jnp.stack([pairs // block_count, pairs % block_count], axis=-1)
+        tile, block = np.indices((tile_count, block_count))
+        # Key minus query position lies in [nearest, furthest] inside a pair.
+        nearest = block * self.columns - ((tile + 1) * self.rows - 1)
+        furthest = (block + 1) * self.columns - 1 - tile * self.rows
+        left, right = self.options.window
+        seen = np.ones((tile_count, block_count), bool)
+        if self.options.causal:
+            seen &= nearest <= 0
+        if left >= 0:
+            seen &= furthest >= -left
+        if right >= 0:
+            seen &= nearest <= right
+        return np.argwhere(seen).astype(np.int32)
+
+    def take(self, slot: Slot, i: Any, j: Any) -> jax.Array:
+        """See `TiledCall.take`."""
+        x = self.operands[slot]
+        if slot.query_axis is not None and x.shape[slot.query_axis] == self.padded_queries:
+            x = _slice(x, slot.query_axis, i, self.rows)
+        if slot.key_axis is not None and x.shape[slot.key_axis] == self.padded_keys:
+            x = _slice(x, slot.key_axis, j, self.columns)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(self.dtype)
+        match slot:
+            case Slot.Q_LENGTHS | Slot.KV_LENGTHS:
+                return x[..., None, None, None, None]
+            case Slot.Q_SEGMENTS:
+                return x[..., None, None, :, None]
+            case Slot.KV_SEGMENTS:
+                return x[..., None, None, None, :]
+            case Slot.K | Slot.V | Slot.DK | Slot.DV:
+                return x
+            case Slot.LSE | Slot.DLSE:
+                return jnp.moveaxis(self._grouped(x, -1), -3, -1)
+            case _:
+                assert slot.head_axis is not None
+                return self._grouped(x, slot.head_axis)
+
+    def positions(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array]:
+        """See `TiledCall.positions`."""
+        query = i * self.rows + jnp.arange(self.rows)[:, None]
+        key = j * self.columns + jnp.arange(self.columns)
+        return query, key
+
     def rows_of(self, x: jax.Array, i: Any) -> jax.Array:
-        """Rows of tile i of an accumulator [*batch, K, G, padded T, ...]."""
+        """See `TiledCall.rows_of`."""
         return _slice(x, self._row_axis, i, self.rows)
 
-    def with_rows(self, x: jax.Array, i: Any, rows: jax.Array) -> jax.Array:
+    def _with_rows(self, x: jax.Array, i: Any, rows: jax.Array) -> jax.Array:
         """`x` with the rows of tile i replaced."""
         axis = self._row_axis
         return lax.dynamic_update_slice_in_dim(x, rows, i * self.rows, axis)
@@ -242,7 +367,9 @@ class Tiles:
         return len(self.extents.batch) + 2
 
     def add(self, slot: Slot, x: jax.Array, i: Any, j: Any, part: jax.Array) -> jax.Array:
-        """Adds a pair's part to a padded gradient, summed over the axes where that has size 1."""
+        """See `TiledCall.add`; sums over the axes where the gradient has size 1."""
+        if slot is Slot.DBIAS:
+            part = part.reshape(*part.shape[:-4], self.extents.heads, *part.shape[-2:])
         sizes = zip(part.shape, x.shape, strict=True)
         part = sum_to(part, tuple(1 if whole == 1 else size for size, whole in sizes))
         starts: list[Any] = [jnp.int32(0)] * x.ndim
@@ -254,7 +381,7 @@ class Tiles:
         return lax.dynamic_update_slice(x, old + part, starts)
 
     def grouped_rows(self, slot: Slot) -> jax.Array:
-        """A whole operand of query rows as [*batch, K, G, padded T, ...]."""
+        """See `TiledCall.grouped_rows`."""
         x = self.operands[slot].astype(self.dtype)
         assert slot.head_axis is not None
         x = self._grouped(x, slot.head_axis)
@@ -267,12 +394,8 @@ class Tiles:
         heads = (1, 1) if x.shape[axis] == 1 else (sizes.kv_heads, sizes.groups)
         return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
 
-    def ungrouped(self, logits: jax.Array) -> jax.Array:
-        """[*batch, K, G, t, s] as [*batch, N, t, s]."""
-        return logits.reshape(*logits.shape[:-4], self.extents.heads, *logits.shape[-2:])
-
     def result(self, slot: Slot, x: jax.Array) -> jax.Array:
-        """An accumulator as a result of the call: without padding and grouping, in its dtype."""
+        """See `TiledCall.result`."""
         match slot:
             case Slot.OUT | Slot.DOUT | Slot.DQ:
                 x = jnp.moveaxis(x, -2, -4)[..., : self.extents.queries, :, :, :]

@@ -134,8 +134,8 @@ def _tiled(
     needs_devices: Any,
     **params: Any,
 ) -> list[jax.Array]:
-    """Calls a pass in jax.numpy, whatever the primitive's implementation."""
-    return list(tiled(operands, **params))
+    """Calls a pass in jax.numpy to differentiate it, whatever the primitive's implementation."""
+    return list(tiled(operands, differentiable=True, **params))
 
 
 def register_linear(
