@@ -1,0 +1,217 @@
+r"""Puts other attentions into every layer of trained models and measures what that does.
+
+    python benchmarks/quality/evaluate.py --weights build/quality --seeds 0 1 --seconds 280
+    python benchmarks/quality/evaluate.py --weights build/quality --seeds 0 --lengths 512 \
+        --fractions 0.5 0.25 --texts 4 --fidelity-texts 1                  # on a processor
+
+For every length, attention and fraction of the operations: the loss of every held-out text, and on
+some texts, layer by layer, the relative error of the output for the exact queries, keys and values.
+The most important cases come first, and the file is rewritten after each, so that a run that is cut
+short by ``--seconds`` has them. `summary.py` makes tables and pictures of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contenders import BASELINES, EXACT, Contender, Sizes
+from dense_engine import attend
+from model import Shape, default_dtype, losses
+from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
+from storage import load_held_out, load_weights
+from tqdm import tqdm
+
+CONTENDERS = {x.name: x for x in [EXACT, OURS, SHARED_LAMBDA, *VARIANTS, *BASELINES]}
+MAIN = ["ours", "block top-k", "MRA"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attention in every layer, or (`fidelity`) beside exact attention, on some texts."""
+
+    length: int
+    name: str
+    fraction: float
+    texts: int
+    fidelity: bool
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, default=Path("build/quality"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.125, 0.25, 0.0625, 0.5])
+    parser.add_argument("--texts", type=int, nargs="+", default=[32, 8], help="of each length")
+    parser.add_argument("--fidelity-texts", type=int, default=2)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after them")
+    parser.add_argument("--output", type=Path, default=Path("build/quality/evaluation.json"))
+    args = parser.parse_args(arguments)
+    args.texts = (args.texts * len(args.lengths))[: len(args.lengths)]
+    return args
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What is measured, the most important first; fractions are in the order of importance."""
+    counts = dict(zip(args.lengths, args.texts, strict=True))
+
+    def block(names: list[str], fractions: list[float], share: float = 1.0) -> Iterator[Job]:
+        for fraction in fractions:
+            for length, texts in counts.items():
+                for name in names:
+                    if name in args.contenders:
+                        yield Job(length, name, fraction, max(1, int(share * texts)), False)
+
+    others = [name for name in CONTENDERS if name not in (*MAIN, "exact")]
+    yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
+    yield from block(MAIN, args.fractions[:2])
+    yield from block([SHARED_LAMBDA.name], args.fractions[:1])
+    yield from block(MAIN, args.fractions[2:])
+    for fraction in args.fractions:
+        for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
+            yield Job(args.lengths[0], name, fraction, args.fidelity_texts, True)
+    yield from block(others, args.fractions, 0.5)
+
+
+class Evaluator:
+    """Models of several seeds, the held-out text, and the compiled ways to run them."""
+
+    def __init__(self, folder: Path, seeds: Sequence[int]) -> None:
+        loaded = [load_weights(folder, seed) for seed in seeds]
+        self.seeds = seeds
+        self.params = [params for params, _ in loaded]
+        self.shape: Shape = loaded[0][1]
+        self.text = load_held_out(folder)
+        self.calibrations: dict[tuple[int, int, float], np.float32] = {}
+
+    def sizes(self, length: int) -> Sizes:
+        """What costs at a length depend on."""
+        return Sizes(length, self.shape.heads, self.shape.kv_heads, self.shape.head_dim)
+
+    @cache  # noqa: B019, one evaluator a run
+    def compiled(self, length: int, name: str, fidelity: bool) -> Callable[..., Any]:
+        """Compiles (parameters of the model, window [T + 1], those of the contender) -> results."""
+        run = beside_exact if fidelity else in_place
+        attention = partial(run, CONTENDERS[name])
+
+        @jax.jit
+        def evaluate(params: Any, window: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
+            def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+                out, besides = attention(q[0], k[0], v[0], parameters)
+                return out[None], besides
+
+            loss, besides = losses(self.shape, default_dtype(), layer, params, window[None])
+            return loss.mean(), besides
+
+        window = jax.ShapeDtypeStruct((length + 1,), jnp.uint8)
+        example = CONTENDERS[name].parameters(self.sizes(length), 0.5)
+        return evaluate.lower(self.params[0], window, example).compile()
+
+    def parameters(self, job: Job, index: int) -> Any:
+        """The numbers of a contender; for a shared lambda, found on a text that no job reads."""
+        if job.name != SHARED_LAMBDA.name:
+            return CONTENDERS[job.name].parameters(self.sizes(job.length), job.fraction)
+        case = (job.length, index, job.fraction)
+        if case not in self.calibrations:
+            params, window = self.params[index], self.text[-1][: job.length + 1]
+            self.calibrations[case] = calibrate(self.shape, params, window, job.fraction)
+        return np.float32(job.fraction), self.calibrations[case]
+
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """Measures one case on every seed."""
+        evaluate = self.compiled(job.length, job.name, job.fidelity)
+        rows = []
+        for index, seed in enumerate(self.seeds):
+            parameters, began = self.parameters(job, index), time.monotonic()
+            windows = self.text[: job.texts, : job.length + 1]
+            results = [evaluate(self.params[index], window, parameters) for window in windows]
+            loss, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
+            row = {"seed": seed, **vars(job), "losses": loss.tolist()}
+            row |= {name: x.mean(0).tolist() for name, x in besides.items()}
+            row["spent"] = float(np.mean(row["spent_by_layer"]))
+            row["seconds"] = time.monotonic() - began
+            rows.append(row)
+        return rows
+
+
+def in_place(
+    contender: Contender, query: jax.Array, key: jax.Array, value: jax.Array, parameters: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A layer's attention by a contender; besides, the fraction that it spent."""
+    selection = contender.select(query, key, value, parameters)
+    out, spent = attend(query, key, value, selection)
+    return out, {"spent_by_layer": spent}
+
+
+def beside_exact(
+    contender: Contender, query: jax.Array, key: jax.Array, value: jax.Array, parameters: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A layer's exact attention; besides, the errors of a contender on the same operands.
+
+    `error_by_head` is the mean of ||o - o_exact|| / ||o_exact|| over queries, [N]; `ifq_by_head`
+    is 1 - sum ||o - o_exact||^2 / sum ||o_exact||^2.
+    """
+    exact, _ = attend(query, key, value, EXACT.select(query, key, value, ()))
+    out, besides = in_place(contender, query, key, value, parameters)
+    exact32 = exact.astype(jnp.float32)
+    error = ((out.astype(jnp.float32) - exact32) ** 2).sum(-1)
+    norm = jnp.maximum((exact32**2).sum(-1), 1e-20)
+    besides["error_by_head"] = jnp.sqrt(error / norm).mean(0)
+    besides["ifq_by_head"] = 1 - error.sum(0) / norm.sum(0)
+    return exact, besides
+
+
+def describe(row: dict[str, Any], exact: dict[tuple[int, int], list[float]]) -> str:
+    """One line about a measured row."""
+    line = f"seed {row['seed']}  {row['length']:6d}  {row['name']:22s} {row['fraction']:7.4f} "
+    line += f"spent {row['spent']:.4f}  {row['seconds']:5.1f} s  "
+    if row["fidelity"]:
+        return line + f"error of o {np.mean(row['error_by_head']):.4f}"
+    baseline = exact[row["seed"], row["length"]][: len(row["losses"])]
+    change = np.mean(np.subtract(row["losses"], baseline))
+    return line + f"loss {np.mean(row['losses']):.4f}  change {change:+.5f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the jobs until they or the seconds are over."""
+    began, args = time.monotonic(), parse_arguments(arguments)
+    evaluator = Evaluator(args.weights, args.seeds)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    wanted, rows, exact = list(jobs(args)), [], {}
+    cases = dict.fromkeys((job.length, job.name, job.fidelity) for job in wanted)
+    with ThreadPoolExecutor(4) as pool:
+        # Compiled ahead, in the order of need, while the device works.
+        ahead = {case: pool.submit(evaluator.compiled, *case) for case in cases}
+        for job in tqdm(wanted, unit="case"):
+            if time.monotonic() - began > args.seconds:
+                print(f"out of time before {job}")
+                break
+            ahead[job.length, job.name, job.fidelity].result()
+            for row in evaluator.run(job):
+                if job.name == "exact":
+                    exact[row["seed"], row["length"]] = row["losses"]
+                rows.append(row)
+                tqdm.write(f"{time.monotonic() - began:6.1f} s  {describe(row, exact)}")
+            args.output.write_text(json.dumps({**facts, "rows": rows}) + "\n")
+        pool.shutdown(cancel_futures=True)
+    print(f"written {args.output}, {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The router of adaptive attention written a second time, densely, straight from its definition.
+
+It decides which granule of 16 keys a tile of queries sees exactly (level 0), as its mean row
+(level 1), inside the mean row of its super-tile of 1,024 keys (level 2) or not at all (level 3:
+the future). It shares no code with `jax_aat`: it checks that library's plans and, being dense,
+evaluates their quality fast on any device. Queries [T, N, H] are scaled already, keys and values
+are [T, K, H], attention is causal; a tile is 32 positions of the query heads of a key/value head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+GRANULE, SUPER_TILE, TILE, SUB_QUERY, FINE = 16, 1024, 32, 16, 4
+EXACT, MEAN, SUPER, HIDDEN = range(4)
+COSTS = (GRANULE, 1.0, 0.0)
+"""Rows that a query reads of a granule at levels 0, 1 and 2."""
+_LARGEST_VARIANCE = 2.0
+_TILES_AT_ONCE = 16
+_SMALLEST, _LARGEST = -60.0, 20.0
+"""Bounds of log lambda."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Choices of the router.
+
+    Attributes:
+      highest: Highest level in use, 1 or 2.
+      refine: Stage 2 looks at this many times the budget of the granules; 0: no second stage.
+      floor: This share of the budget, the most important granules of every tile, is exact.
+    """
+
+    highest: int = 2
+    refine: float = 2.0
+    floor: float = 0.25
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "super_mean", "coarse", "super_coarse", "forced", "operations"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Prediction:
+    """What the router knows of every tile and granule.
+
+    Attributes:
+      mean: Predicted squared error of level 1, [K, tiles, granules].
+      super_mean: Likewise of level 2.
+      coarse: Level 1 is allowed: all queries of the tile see all keys, [tiles, granules].
+      super_coarse: Level 2 is allowed: they see all keys of the super-tile, as its mean row
+        holds all of them.
+      forced: Exact whatever lambda says, [K, tiles, granules].
+      operations: Floating-point operations of the prediction and of the state's correction.
+    """
+
+    mean: Array
+    super_mean: Array
+    coarse: Array
+    super_coarse: Array
+    forced: Array
+    operations: Array
+
+
+def moments(x: Array, block: int) -> tuple[Array, Array]:
+    """Mean and variance of the rows of every block, [blocks, heads, H], float32."""
+    blocks = x.astype(jnp.float32).reshape(-1, block, *x.shape[1:])
+    mean = blocks.mean(1)
+    return mean, ((blocks - mean[:, None]) ** 2).mean(1)
+
+
+def super_tile(length: int) -> int:
+    """Keys of a super-tile; a shorter sequence is one."""
+    return min(SUPER_TILE, length)
+
+
+def predict(
+    query: Array, key: Array, value: Array, fraction: Array, routing: Routing
+) -> Prediction:
+    """Predicts what every level of every granule would cost in accuracy."""
+    length, heads, head_dim = query.shape
+    tiles, granules, kv_heads = length // TILE, length // GRANULE, key.shape[1]
+    per_super = super_tile(length) // GRANULE
+    key_mean, key_variance = moments(key, GRANULE)
+    fine_mean, fine_variance = moments(key, FINE)
+    value_mean, value_variance = moments(value, GRANULE)
+    scatter = value_variance.sum(-1).T  # [K, granules]
+    super_key, _ = moments(key, super_tile(length))
+    super_value, _ = moments(value, super_tile(length))
+    apart = ((value_mean - jnp.repeat(super_value, per_super, 0)) ** 2).sum(-1).T
+    size = (value.astype(jnp.float32) ** 2).sum(-1).mean(0)[:, None]  # [K, 1]
+
+    # Positions of a tile as sub-queries of 16, these as finer ones of 4.
+    parts, fines = TILE // SUB_QUERY, SUB_QUERY // FINE
+    query = query.astype(jnp.float32)
+    shape = (tiles, parts, fines, FINE, kv_heads, heads // kv_heads, head_dim)
+    fine_first, fine_second = query.reshape(shape).mean(3), (query**2).reshape(shape).mean(3)
+    ends = jnp.arange(length).reshape(tiles, parts, fines, FINE)[..., -1]
+    starts = jnp.arange(granules) * GRANULE
+
+    def of_tile(tile: Array) -> tuple[Array, ...]:
+        first, second = fine_first[tile], fine_second[tile]  # [parts, fines, K, G, H]
+        hidden = jnp.where(starts <= ends[tile][..., None], 0.0, -jnp.inf)  # [parts, fines, j]
+        visible = hidden[-1, -1] == 0
+        seen = visible.sum()
+        m, s = first.mean(1), second.mean(1)
+        variance = jnp.einsum("pkgh,jkh->kpgj", s, key_variance)
+        x = jnp.einsum("pkgh,jkh->kpgj", m, key_mean) + variance / 2
+        p = jax.nn.softmax(x + hidden[:, -1][:, None], axis=-1)
+        importance = (p**2).mean((1, 2))
+        x = jnp.broadcast_to(x[:, :, None], (kv_heads, parts, fines, *x.shape[2:]))
+        if routing.refine:
+            refined = _best(importance, jnp.ceil(routing.refine * fraction * seen))
+            x4 = jnp.einsum("pfkgh,jkh->kpfgj", first, fine_mean)
+            x4 += jnp.einsum("pfkgh,jkh->kpfgj", second, fine_variance) / 2
+            x4 = x4.reshape(*x.shape, GRANULE // FINE)
+            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // FINE)
+            x = jnp.where(refined[:, None, None, None], x4, x)
+        p = jax.nn.softmax(x + hidden[:, :, None], axis=-1)
+        square = (p**2).mean(2)  # [K, parts, G, j]
+        importance = square.mean((1, 2))
+        to_super = jnp.einsum("pkgh,jkh->kpgj", m, super_key)
+        offset = jnp.einsum("pkgh,jkh->kpgj", m, key_mean) - jnp.repeat(to_super, per_super, -1)
+        mean = (square * jnp.expm1(jnp.minimum(variance, _LARGEST_VARIANCE))).mean((1, 2))
+        spread = jnp.minimum(variance + offset**2, _LARGEST_VARIANCE)
+        super_mean = (square * jnp.expm1(spread)).mean((1, 2))
+        forced = _best(importance, jnp.ceil(routing.floor * fraction * seen)) & visible
+        return mean * scatter / size, super_mean * (scatter + apart) / size, forced
+
+    mean, super_mean, forced = (
+        x.swapaxes(0, 1)
+        for x in jax.lax.map(of_tile, jnp.arange(tiles), batch_size=min(_TILES_AT_ONCE, tiles))
+    )
+    begins = jnp.arange(tiles)[:, None] * TILE
+    index = jnp.arange(granules)
+    coarse = (index + 1) * GRANULE <= begins
+    super_coarse = (index // per_super + 1) * per_super * GRANULE <= begins
+    return Prediction(
+        mean,
+        super_mean,
+        coarse,
+        super_coarse & (routing.highest >= SUPER),
+        forced,
+        _operations(length, heads, kv_heads, head_dim, fraction, routing),
+    )
+
+
+def choose_levels(prediction: Prediction, log_lambda: Array) -> Array:
+    """The level of least predicted error + lambda * cost, ties to exact: [K, tiles, granules]."""
+    price = jnp.exp(log_lambda)
+    exact = price * COSTS[EXACT]
+    mean = jnp.where(prediction.coarse, prediction.mean + price * COSTS[MEAN], jnp.inf)
+    super_mean = jnp.where(prediction.super_coarse, prediction.super_mean, jnp.inf)
+    levels = jnp.where(mean <= super_mean, MEAN, SUPER)
+    levels = jnp.where((exact <= jnp.minimum(mean, super_mean)) | prediction.forced, EXACT, levels)
+    granules = prediction.coarse.shape[1]
+    begins = jnp.arange(prediction.coarse.shape[0])[:, None] * TILE
+    future = jnp.arange(granules) * GRANULE >= begins + TILE
+    return jnp.where(future, HIDDEN, levels)
+
+
+def rows_read(levels: Array) -> Array:
+    """Rows that one query of a tile reads, summed over tiles and heads of keys and values."""
+    kv_heads, tiles, granules = levels.shape
+    per_super = super_tile(granules * GRANULE) // GRANULE
+    blocks = levels.reshape(kv_heads, tiles, -1, per_super)
+    exact = (levels == EXACT).sum().astype(jnp.float32) * GRANULE
+    return exact + (levels == MEAN).sum() + (blocks == SUPER).any(-1).sum()
+
+
+def operations(prediction: Prediction, levels: Array, query_shape: tuple[int, ...]) -> Array:
+    """Floating-point operations of attention under a map of levels, prediction included."""
+    length, heads, head_dim = query_shape
+    group = heads // levels.shape[0]
+    hidden = heads * length * (TILE - 1) / 2  # keys of a tile's own granules that are not seen
+    return 4 * head_dim * (TILE * group * rows_read(levels) - hidden) + prediction.operations
+
+
+def lambda_of_budget(prediction: Prediction, allowed: Array, query_shape: tuple[int, ...]) -> Array:
+    """The least log lambda of all heads and tiles whose levels keep to a number of operations."""
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        fits = operations(prediction, choose_levels(prediction, middle), query_shape) <= allowed
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+    return jax.lax.fori_loop(0, 30, halve, (jnp.float32(_SMALLEST), jnp.float32(_LARGEST)))[1]
+
+
+def _best(scores: Array, count: Array) -> Array:
+    """Whether a score is among the `count` highest of the last axis."""
+    descending = -jnp.sort(-scores, axis=-1)
+    last = jnp.clip(count.astype(int) - 1, 0, scores.shape[-1] - 1)
+    return (scores >= descending[..., last][..., None]) & (count > 0)
+
+
+def _operations(
+    length: int, heads: int, kv_heads: int, head_dim: int, fraction: Array, routing: Routing
+) -> Array:
+    """Operations of summaries, of both stages and of the state."""
+    group, tiles = heads // kv_heads, length // TILE
+    pairs = kv_heads * tiles * (length / 2) / GRANULE  # of a tile and a granule that it sees
+    coarse = pairs * (TILE // SUB_QUERY) * group * 2
+    supers = pairs * GRANULE / super_tile(length) * (TILE // SUB_QUERY) * group
+    refined = pairs * routing.refine * fraction
+    fine = refined * (TILE // FINE) * group * (GRANULE // FINE) * 2
+    means = 8 * length * (heads + 2 * kv_heads) * head_dim
+    state = 2 * length * head_dim * (kv_heads * head_dim + heads * (head_dim + 2))
+    return 2 * head_dim * (coarse + supers + fine) + means + state

@@ -1,0 +1,212 @@
+r"""Makes tables and pictures of what `evaluate.py` measured.
+
+    python benchmarks/quality/summary.py build/quality/evaluation*.json --name h200-quality
+
+Intervals are of 95%, from a bootstrap that draws seeds, then texts of each, with replacement; the
+change of a text's loss is paired with that text under exact attention. Writes NAME.md, NAME.json
+(without single texts) and pictures to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+Rows = list[dict[str, Any]]
+_RESAMPLES = 4000
+_AIM = 1 / 3
+"""The share of the loss change of block top-k and MRA that is aimed at."""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--name", default="quality")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
+    return parser.parse_args(arguments)
+
+
+def bootstrap(groups: list[np.ndarray]) -> tuple[float, float]:
+    """Interval of 95% of the mean over groups of the means of each, both drawn anew."""
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(_RESAMPLES):
+        drawn = generator.integers(len(groups), size=len(groups))
+        means.append(np.mean([generator.choice(groups[i], len(groups[i])).mean() for i in drawn]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def loss_changes(rows: Rows) -> Rows:
+    """One row a length, attention and fraction: mean change of the loss, in nats, and interval."""
+    exact = {
+        (row["seed"], row["length"]): np.array(row["losses"])
+        for row in rows
+        if row["name"] == "exact"
+    }
+    cases = defaultdict(list)
+    for row in rows:
+        if not row["fidelity"] and row["name"] != "exact":
+            cases[row["length"], row["name"], row["fraction"]].append(row)
+    table = []
+    for (length, name, fraction), found in sorted(cases.items()):
+        changes = [
+            np.array(row["losses"]) - exact[row["seed"], length][: len(row["losses"])]
+            for row in found
+        ]
+        table.append(
+            {
+                "length": length,
+                "name": name,
+                "fraction": fraction,
+                "spent": float(np.mean([row["spent"] for row in found])),
+                "change": float(np.mean([change.mean() for change in changes])),
+                "interval": bootstrap(changes),
+                "by_seed": {
+                    row["seed"]: float(x.mean()) for row, x in zip(found, changes, strict=True)
+                },
+                "tokens": int(sum(change.size for change in changes) * length),
+                "spent_by_layer": np.mean([row["spent_by_layer"] for row in found], 0).tolist(),
+            }
+        )
+    return table
+
+
+def fidelities(rows: Rows) -> Rows:
+    """One row a length, attention and fraction: relative error of o and IFQ by layer."""
+    cases = defaultdict(list)
+    for row in rows:
+        if row["fidelity"]:
+            cases[row["length"], row["name"], row["fraction"]].append(row)
+    table = []
+    for (length, name, fraction), found in sorted(cases.items()):
+        error = np.mean([row["error_by_head"] for row in found], 0)
+        quality = np.mean([row["ifq_by_head"] for row in found], 0)
+        described = {"length": length, "name": name, "fraction": fraction}
+        described |= {"error": float(error.mean()), "error_by_layer": error.mean(1).tolist()}
+        described |= {"ifq": float(quality.mean()), "ifq_by_layer": quality.mean(1).tolist()}
+        table.append(described)
+    return table
+
+
+def pivot(table: Rows, cell: Any) -> str:
+    """Attentions down, fractions across, a table a length."""
+    texts = []
+    for length in sorted({row["length"] for row in table}):
+        cells = {
+            (row["name"], row["fraction"]): cell(row) for row in table if row["length"] == length
+        }
+        fractions = sorted({fraction for _, fraction in cells}, reverse=True)
+        names = sorted(
+            {name for name, _ in cells}, key=lambda name: (not name.startswith("ours"), name)
+        )
+        lines = [[name, *(cells.get((name, x), "") for x in fractions)] for name in names]
+        headers = [f"S = {length}", *(f"{x:.4g}" for x in fractions)]
+        texts.append(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(texts)
+
+
+def change_cell(row: dict[str, Any]) -> str:
+    """A change of loss with its interval."""
+    low, high = row["interval"]
+    return f"{row['change']:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def draw_changes(table: Rows, path: Path) -> None:
+    """Change of loss against the fraction of the operations, a picture a length."""
+    lengths = sorted({row["length"] for row in table})
+    figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
+    for axes, length in zip(
+        figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
+    ):
+        for name in sorted({row["name"] for row in table}):
+            found = [row for row in table if (row["name"], row["length"]) == (name, length)]
+            found.sort(key=lambda row: row["spent"])
+            x, y = ([row[key] for row in found] for key in ("spent", "change"))
+            bounds = np.array([row["interval"] for row in found]).T
+            style = "o-" if name.startswith("ours") else "s--"
+            line = axes.plot(x, y, style, label=name, markersize=4)[0]
+            axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set(xlabel="operations, of exact attention", ylabel="change of loss, nats a byte")
+        axes.set_title(f"{length} bytes")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_layers(table: Rows, path: Path) -> None:
+    """Relative error of o, layer by layer, at the fraction most attentions were measured at."""
+    if not table:
+        return
+    cases = [(row["length"], row["fraction"]) for row in table]
+    case = max(sorted(set(cases)), key=cases.count)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in table:
+        if (row["length"], row["fraction"]) == case:
+            style = "o-" if row["name"].startswith("ours") else "s--"
+            axes.plot(row["error_by_layer"], style, label=row["name"], markersize=4)
+    axes.set(xlabel="layer", ylabel="relative error of o", ylim=(0, None))
+    axes.set_title(f"{case[0]} bytes, {case[1]:.4g} of the operations")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def ratios(table: Rows) -> str:
+    """What our loss change is of the others', where both were measured."""
+    changes = {(row["length"], row["fraction"], row["name"]): row["change"] for row in table}
+    lines = []
+    for (length, fraction, name), change in sorted(changes.items()):
+        ours = changes.get((length, fraction, "ours"))
+        if name in ("block top-k", "MRA") and ours is not None and change > 0:
+            fits = "yes" if ours <= _AIM * change else "no"
+            lines.append([length, fraction, name, f"{ours / change:.3f}", fits])
+    return tabulate(
+        lines, ["S", "fraction", "of", "ours / its change", "at most a third"], "github"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the measurements, writes the tables and pictures."""
+    args = parse_arguments(arguments)
+    measured = [json.loads(file.read_text()) for file in args.files]
+    rows = [row for part in measured for row in part["rows"]]
+    changes, errors = loss_changes(rows), fidelities(rows)
+    exact = [row for row in rows if row["name"] == "exact"]
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = args.output / args.name
+    lines = [f"device: {measured[0]['device']}  ", f"jax: {measured[0]['jax']}  "]
+    lines += [
+        f"exact loss, seed {row['seed']}, S = {row['length']}: {np.mean(row['losses']):.4f} nats, "
+        f"{len(row['losses']) * row['length']} bytes  "
+        for row in exact
+    ]
+    lines += ["", "## Change of held-out loss, nats a byte, all layers replaced", ""]
+    lines += [pivot(changes, change_cell), "", ratios(changes), ""]
+    lines += ["## Relative error of o, one layer replaced", ""]
+    lines += [pivot(errors, lambda row: f"{row['error']:.4f}"), "", "IFQ:", ""]
+    lines += [pivot(errors, lambda row: f"{row['ifq']:.4f}"), ""]
+    stem.with_suffix(".md").write_text("\n".join(lines))
+    facts = {"device": measured[0]["device"], "jax": measured[0]["jax"]}
+    result = {**facts, "changes": changes, "errors": errors}
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_changes(changes, args.output / f"{args.name}-loss.png")
+    draw_layers(errors, args.output / f"{args.name}-layers.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The benchmarks of quality: what their figures rest on, and a run of them in a tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import router_emulation as router
+from contenders import BASELINES, EXACT, Contender, Sizes
+from dense_engine import attend
+from ours import OURS, of_levels
+
+from jax_aat.reference import dense_attention
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "quality"
+SIZES = Sizes(length=2048, heads=4, kv_heads=2, head_dim=16)
+Operands = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@pytest.fixture
+def operands(rng: np.random.Generator) -> Operands:
+    """Query, key and value whose keys drift, so that neighbours resemble each other."""
+    heads = (SIZES.heads, SIZES.kv_heads, SIZES.kv_heads)
+    q, k, v = (rng.standard_normal((SIZES.length, n, SIZES.head_dim)) for n in heads)
+    k = np.cumsum(k, axis=0) / np.sqrt(np.arange(1, SIZES.length + 1))[:, None, None]
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
+
+
+def run(contender: Contender, operands: Operands, fraction: float) -> tuple[jax.Array, float]:
+    parameters = contender.parameters(SIZES, fraction)
+
+    @jax.jit
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return attend(q, k, v, contender.select(q, k, v, parameters))
+
+    out, spent = attention(*operands)
+    return out, float(spent)
+
+
+def relative_error(x: jax.Array, reference: jax.Array) -> float:
+    return float(jnp.linalg.norm(x - reference) / jnp.linalg.norm(reference))
+
+
+def test_engine_is_exact_attention_where_nothing_is_left_out(operands: Operands) -> None:
+    out, spent = run(EXACT, operands, 1.0)
+    expected, _ = dense_attention(*(x[None] for x in operands), is_causal=True)
+    assert relative_error(out, expected[0]) < 2e-5
+    assert spent == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("contender", [OURS, *BASELINES], ids=lambda x: x.name)
+def test_contender_spends_its_budget_and_no_more(contender: Contender, operands: Operands) -> None:
+    _, spent = run(contender, operands, 0.5)
+    assert 0.47 < spent <= 0.501
+
+
+@jax.jit
+def attend_under(operands: Operands, levels: jax.Array, planning: Any) -> tuple[jax.Array, Any]:
+    return attend(*operands, of_levels(*operands, levels, planning))
+
+
+@jax.jit
+def levels_of(operands: Operands, log_lambda: float) -> tuple[router.Prediction, jax.Array]:
+    q, k, v = operands
+    prediction = router.predict(q / 4, k, v, jnp.float32(0.25), router.Routing())
+    return prediction, router.choose_levels(prediction, jnp.float32(log_lambda))
+
+
+def test_router_makes_everything_exact_at_no_price(operands: Operands) -> None:
+    _, levels = levels_of(operands, -60.0)
+    assert set(np.unique(levels)) == {router.EXACT, router.HIDDEN}
+    out, _ = attend_under(operands, levels, 0.0)
+    assert relative_error(out, run(EXACT, operands, 1.0)[0]) < 1e-6
+
+
+def test_no_level_lets_a_query_see_the_future(operands: Operands) -> None:
+    _, levels = levels_of(operands, -8.0)
+    assert set(np.unique(levels)) == {0, 1, 2, 3}
+    out, _ = attend_under(operands, levels, 0.0)
+    # Half of a super-tile changes: its mean row must be out of sight of the other half.
+    later = tuple(x.at[1536:].add(1.0) for x in operands)
+    changed, _ = attend_under(later, levels, 0.0)
+    np.testing.assert_array_equal(out[:1536], changed[:1536])
+    assert float(jnp.abs(out[1536:] - changed[1536:]).max()) > 0.1
+
+
+def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) -> None:
+    prediction, levels = levels_of(operands, -8.0)
+    _, spent = attend_under(operands, levels, prediction.operations)
+    dense = 4 * SIZES.heads * SIZES.head_dim * SIZES.length * (SIZES.length + 1) / 2
+    counted = router.operations(prediction, levels, operands[0].shape) / dense
+    assert float(spent) == pytest.approx(float(counted), rel=1e-5)
+
+
+def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
+    def call(script: str, *flags: str) -> str:
+        command = [sys.executable, str(FOLDER / script), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    sizes = ["--layers=2", "--width=32", "--hidden=32", "--heads=4", "--kv-heads=2"]
+    sizes += ["--head-dim=16", "--contexts", "64", "512", "--shares", "0.5", "0.5"]
+    call("train.py", "--minutes=5", "--most-steps=20", *sizes, "--step-bytes=512", "--megabytes=1",
+         "--qkv-layers", "1", "--qkv-length=512", f"--output={tmp_path}")  # fmt: skip
+    with np.load(tmp_path / "qkv-0-layer1.npz") as saved:
+        assert {name: saved[name].shape for name in "qkv"} == {
+            "q": (512, 4, 16), "k": (512, 2, 16), "v": (512, 2, 16)
+        }  # fmt: skip
+    found = tmp_path / "evaluation.json"
+    call("evaluate.py", f"--weights={tmp_path}", "--lengths=512", "--fractions=0.5", "--texts=2",
+         "--fidelity-texts=1", "--contenders", "exact", "ours", "block top-k",
+         f"--output={found}")  # fmt: skip
+    rows = json.loads(found.read_text())["rows"]
+    assert [(row["name"], row["fidelity"]) for row in rows] == [
+        ("exact", False), ("ours", False), ("block top-k", False), ("ours", True),
+        ("block top-k", True),
+    ]  # fmt: skip
+    assert all(len(row["spent_by_layer"]) == 2 for row in rows)
+    call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
+    assert "block top-k" in (tmp_path / "quality.md").read_text()
+    assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
