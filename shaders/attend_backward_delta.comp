@@ -1,5 +1,5 @@
 #version 460
-// delta = sum(dout * out) - dlogsumexp of every row; eight threads a row.
+// delta = sum(dout * out) + sum(dshares * shares) - dlogsumexp of every row; eight threads a row.
 #include "common/store.glsl"
 
 const uint ROW_THREADS = 8;
@@ -37,6 +37,13 @@ void main() {
   if (has(FEATURE_DLSE)) {
     View view = view_of(OPERAND_DLSE, head, 2);
     sum -= load_float(view.base, row_start(view, position, 0));
+  }
+  if (has(FEATURE_DSHARES)) {
+    View shares = view_of(OPERAND_SHARES, head, 2), dshares = view_of(OPERAND_DSHARES, head, 2);
+    uint start = row_start(shares, position, 0), dstart = row_start(dshares, position, 0);
+    [[unroll]] for (uint level = 0; level < 2; ++level) {
+      sum += load_float(shares.base, start + level) * load_float(dshares.base, dstart + level);
+    }
   }
   View view = view_of(OPERAND_DELTA, head, 2);
   store_float(view.base, row_start(view, position, 0), sum);

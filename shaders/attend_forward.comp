@@ -1,6 +1,6 @@
 #version 460
-// Exact attention of a tile of queries to the keys on its work list: out and logsumexp, by online
-// softmax in float32.
+// Attention of a tile of queries to the keys, and the coarse rows of a plan, on its work list: out,
+// logsumexp and the shares of coarse rows, by online softmax in float32.
 #define SCORE_PLANES 1
 #define TILE_PLANES 1
 #include "common/query_kernel.glsl"
@@ -10,6 +10,18 @@ shared float row_factor[TILE_ROWS];
 // State of the softmax of one row, kept by the thread of that index.
 float row_maximum = -INFINITY;
 float row_sum = 0.0;
+vec2 row_level_sums = vec2(0);  // of coarse rows
+vec2 row_level_bias;
+uvec2 row_counts = uvec2(0);
+
+float block_score(float product, uint position, uint head, uint column, uint key, bool mixed) {
+  if (block_is_coarse) {
+    if (has(FEATURE_ROW_COUNTS)) row_counts.y += block_coarse_rows[column] != NO_ROW ? 1 : 0;
+    return coarse_score_of(product, position, head, column, row_level_bias).value;
+  }
+  if (has(FEATURE_ROW_COUNTS)) row_counts.x += key < call.keys ? 1 : 0;
+  return score_of(product, position, head, key, mixed).value;
+}
 
 // Turns the products of a row into weights; row_factor gets what earlier sums must be scaled by.
 void update_row(uint row, uint position, bool mixed) {
@@ -18,7 +30,7 @@ void update_row(uint row, uint position, bool mixed) {
     vec4 value = scores[row * SCORE_STRIDE + quad];
     uint key = block_key(quad * 4);
     [[unroll]] for (uint i = 0; i < 4; ++i) {
-      value[i] = score_of(value[i], position, row % TILE_HEADS, key + i, mixed).value;
+      value[i] = block_score(value[i], position, row % TILE_HEADS, quad * 4 + i, key + i, mixed);
       maximum = max(maximum, value[i]);
     }
     scores[row * SCORE_STRIDE + quad] = value;
@@ -27,24 +39,39 @@ void update_row(uint row, uint position, bool mixed) {
   float reference = maximum == -INFINITY ? 0.0 : maximum;
   float factor = exp_accurate(row_maximum - reference);
   float sum = 0.0;
+  vec2 level_sums = vec2(0);
   for (uint quad = 0; quad < SCORE_QUADS; ++quad) {
     vec4 value = scores[row * SCORE_STRIDE + quad];
-    [[unroll]] for (uint i = 0; i < 4; ++i) value[i] = exp_accurate(value[i] - reference);
+    [[unroll]] for (uint i = 0; i < 4; ++i) {
+      value[i] = exp_accurate(value[i] - reference);
+      if (block_is_coarse) level_sums[level_index(block_coarse_rows[quad * 4 + i])] += value[i];
+    }
     sum += (value.x + value.y) + (value.z + value.w);
     scores[row * SCORE_STRIDE + quad] = value;
   }
   row_maximum = maximum;
   row_sum = fma(row_sum, factor, sum);
+  if (block_is_coarse) row_level_sums = fma(row_level_sums, vec2(factor), level_sums);
   row_factor[row] = factor;
 }
 
-// Writes the logsumexp of a row; row_factor gets what its sums must be scaled by.
+// Writes the statistics of a row; row_factor gets what its sums must be scaled by.
 void finish_row(uint row, uint position, uint first_head) {
+  uint head = row % TILE_HEADS;
   bool empty = row_sum == 0.0;
   row_factor[row] = empty ? 0.0 : 1.0 / row_sum;
   View view = view_of(OPERAND_LSE, first_head, 2);
-  store_float(view.base, row_start(view, position, row % TILE_HEADS),
+  store_float(view.base, row_start(view, position, head),
               empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum));
+  if (has(FEATURE_PLAN)) {
+    store_levels_pair(OPERAND_SHARES, first_head, position, head, row_level_sums * row_factor[row]);
+  }
+  if (has(FEATURE_ROW_COUNTS)) {
+    View counts_view = view_of(OPERAND_ROW_COUNTS, first_head, 2);
+    uint start = row_start(counts_view, position, head);
+    Words(counts_view.base).word[start] = row_counts.x;
+    Words(counts_view.base).word[start + 1] = row_counts.y;
+  }
 }
 
 void scale_sums(inout vec4 sums[ACCUMULATORS]) {
@@ -54,6 +81,21 @@ void scale_sums(inout vec4 sums[ACCUMULATORS]) {
       sums[c * THREAD_ROWS + i] *= factor;
     }
   }
+}
+
+void attend_block(inout vec4 sums[ACCUMULATORS], View q, View k, View v, QueryTile tile,
+                  bool mixed, bool tile_is_loaded) {
+  uint row = gl_LocalInvocationID.x;
+  uint position = tile.first_position + row / TILE_HEADS;
+  float products[THREAD_SCORES];
+  clear(products);
+  multiply_query_key(products, q, k, tile.first_position, 0, tile_is_loaded);
+  put_products(products, 0);
+  barrier();
+  if (row < TILE_ROWS && position < call.queries) update_row(row, position, mixed);
+  barrier();
+  scale_sums(sums);
+  multiply_key_block(sums, v, 0, mixed || has(FEATURE_BIAS), false);
 }
 
 void main() {
@@ -71,18 +113,19 @@ void main() {
   vec4 sums[ACCUMULATORS];
   [[unroll]] for (uint i = 0; i < ACCUMULATORS; ++i) sums[i] = vec4(0);
 
-  for (uint i = 0; i < tile.list.y + tile.list.z; ++i) {
-    load_block(OPERAND_LISTS, tile.list.x + i * BLOCK_GRANULES);
-    bool mixed = i >= tile.list.y;
-    float products[THREAD_SCORES];
-    clear(products);
-    multiply_query_key(products, q, k, tile.first_position, 0, i > 0);
-    put_products(products, 0);
-    barrier();
-    if (owns_row) update_row(row, position, mixed);
-    barrier();
-    scale_sums(sums);
-    multiply_key_block(sums, v, 0, mixed || has(FEATURE_BIAS), false);
+  for (uint i = 0; i < tile.list.blocks; ++i) {
+    load_block(tile.list, i);
+    attend_block(sums, q, k, v, tile, i >= tile.list.full_blocks, i > 0);
+  }
+  if (has(FEATURE_PLAN)) {
+    row_level_bias = load_levels_pair(OPERAND_LEVEL_BIAS, owns_row && has(FEATURE_LEVEL_BIAS),
+                                      tile.first_head, position, row % TILE_HEADS);
+    View coarse_k = view_of(OPERAND_COARSE_K, tile.kv_head, LOG2_BYTES);
+    View coarse_v = view_of(OPERAND_COARSE_V, tile.kv_head, LOG2_BYTES);
+    for (uint i = 0; i < coarse_blocks(tile.list); ++i) {
+      load_coarse_block(tile.list, i);
+      attend_block(sums, q, coarse_k, coarse_v, tile, true, i + tile.list.blocks > 0);
+    }
   }
 
   barrier();

@@ -4,7 +4,12 @@
 #include "common/visibility.glsl"
 #include "common/work_list.glsl"
 
+const uint HEADERS = TRANSPOSED != 0 ? OPERAND_KEY_LIST_HEADERS : OPERAND_LIST_HEADERS;
+const uint ENTRIES = TRANSPOSED != 0 ? OPERAND_KEY_LIST_ENTRIES : OPERAND_LIST_ENTRIES;
+
 shared uint counts[THREADS];
+
+uint head_list;  // the head chunk, or the key/value head, of the list at work
 
 struct Sizes {
   uint tile_rows;  // positions or keys of a tile
@@ -19,22 +24,18 @@ Sizes list_sizes() {
              : Sizes(TILE_ROWS / TILE_HEADS, call.queries, GRANULE_ROWS, call.keys);
 }
 
-// Chooses the batch entry and the heads that stand for all that share the list; false past the
-// last one.
+// Chooses the batch entry and the heads that stand for all that share the list, which are ordered by
+// heads first; false past the last one.
 bool set_list(uint list) {
   uint heads_a_list = TRANSPOSED != 0 ? PARAMS.query_heads / PARAMS.kv_heads : TILE_HEADS;
-  uint head_stride = TRANSPOSED != 0 ? PARAMS.key_list_head_stride : PARAMS.list_head_stride;
-  uint batch_lists = 1;
-  [[unroll]] for (int axis = 0; axis < MAX_BATCH_AXES; ++axis) {
-    uint stride = PARAMS.list_batch_stride[axis];
-    batch_index[axis] = 0;
-    if (stride != 0) {
-      batch_lists *= PARAMS.batch[axis];
-      batch_index[axis] = list / stride % PARAMS.batch[axis];
-    }
+  [[unroll]] for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+    uint extent = PARAMS.operand[HEADERS].batch_stride[axis] != 0 ? PARAMS.batch[axis] : 1;
+    batch_index[axis] = list % extent;
+    list /= extent;
   }
-  uint head_list = list / batch_lists;
-  if (head_list >= (head_stride != 0 ? PARAMS.query_heads / heads_a_list : 1)) return false;
+  bool heads_differ = PARAMS.operand[HEADERS].head_stride != 0;
+  if (list >= (heads_differ ? PARAMS.query_heads / heads_a_list : 1)) return false;
+  head_list = list;
   set_visibility(head_list * heads_a_list);
   return true;
 }
@@ -85,17 +86,13 @@ void main() {
   scan(own_mixed);
   uint total = full + counts[THREADS - 1];
 
-  uint slot = TRANSPOSED != 0 ? OPERAND_KEY_LISTS : OPERAND_LISTS;
   uint capacity = TRANSPOSED != 0 ? PARAMS.key_list_capacity : PARAMS.list_capacity;
-  uvec2 address = list_address(slot);
-  uint first_entry = PARAMS.operand[slot].row_stride + workgroup_index() * capacity;
-  uint blocks = divide_up(total, BLOCK_GRANULES);
+  uvec2 address = view_of(ENTRIES, head_list, 2).base;
+  uint first_entry = tile * (capacity / tiles);
   if (gl_LocalInvocationID.x == 0) {
-    uint full_blocks = full / BLOCK_GRANULES;
-    Quads(address).quad[workgroup_index()] =
-        uvec4(first_entry, full_blocks, blocks - full_blocks, 0);
+    Quads(view_of(HEADERS, head_list, 2).base).quad[tile] = uvec4(first_entry, full, total, 0);
   }
-  for (uint i = total + gl_LocalInvocationID.x; i < blocks * BLOCK_GRANULES; i += THREADS) {
+  for (uint i = total + gl_LocalInvocationID.x; i < round_up(total, LIST_STEP); i += THREADS) {
     Words(address).word[first_entry + i] = NO_GRANULE;
   }
   // Ranks of full granules count in the lower half of a sum, those of mixed ones in the upper.

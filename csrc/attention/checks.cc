@@ -3,6 +3,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/plan_shape.h"
+
 namespace jax_aat {
 namespace {
 
@@ -20,6 +22,25 @@ void CheckSlice(const AttentionProblem& problem, int slot, std::uint64_t rows, s
   CheckIndex((rows - 1) * layout.row_stride + (heads - 1) * layout.head_stride +
                  (columns - 1) * layout.column_stride + 4,
              name);
+}
+
+void CheckPlan(const AttentionProblem& problem) {
+  const AttentionParams& params = problem.params;
+  Require(!(problem.pass == Pass::kBackward && (problem.features & FEATURE_DBIAS)),
+          "the gradient of a bias is not computed with a plan: use implementation='xla'");
+  for (const int slot :
+       {OPERAND_COARSE_K, OPERAND_COARSE_V, OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
+    CheckSlice(problem, slot, params.coarse_rows, 1, params.head_dim, "coarse rows");
+    Require(params.operand[slot].column_stride <= 1,
+            "rows along head_dim must be contiguous in memory");
+  }
+  for (const int slot :
+       {OPERAND_LEVEL_BIAS, OPERAND_SHARES, OPERAND_DLEVEL_BIAS, OPERAND_DSHARES}) {
+    CheckSlice(problem, slot, params.queries, params.query_heads / params.kv_heads, 2, "shares");
+  }
+  CheckIndex(std::uint64_t{params.plan_tiles} * LevelWords(params), "levels");
+  CheckIndex(params.list_capacity, "work lists");
+  CheckIndex(params.key_list_capacity, "transposed work lists");
 }
 
 }  // namespace
@@ -76,6 +97,7 @@ void CheckProblem(const AttentionProblem& problem, const DeviceTraits& traits) {
     Require(params.operand[slot].column_stride <= 1,
             "rows along head_dim must be contiguous in memory");
   }
+  if (problem.features & FEATURE_PLAN) CheckPlan(problem);
   CheckSlice(problem, OPERAND_LSE, params.queries, group, 1, "rows of logsumexp");
   CheckSlice(problem, OPERAND_BIAS, params.queries, group, params.keys, "biases");
   CheckSlice(problem, OPERAND_DBIAS, params.queries, group, params.keys, "biases");

@@ -25,6 +25,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   const bool has_matrices = (problem.dtype == DTYPE_F16 && traits.coopmat_float16) ||
                             (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
   const std::uint32_t head_dim = problem.params.head_dim;
+  if (problem.features & (FEATURE_PLAN | FEATURE_ROW_COUNTS)) return std::nullopt;
   if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
       !RowsAllowVectors(problem.params, kVectorElements)) {
     return std::nullopt;

@@ -1,5 +1,6 @@
 // PlanAttention: from a problem and a device to dispatches, a parameter block and scratch.
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "attention/checks.h"
@@ -17,6 +18,7 @@ constexpr KernelFamily kFamilies[] = {
 
 constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kListThreads = 64;
+constexpr std::uint64_t kListStep = 4;  // LIST_STEP of shaders/common/work_list.glsl
 constexpr std::uint32_t kDeltaThreads = 64;
 constexpr std::uint64_t kScratchAlignment = 256;
 
@@ -39,7 +41,8 @@ enum Constant {
 // Features that decide what is visible: all that work_lists.comp needs to know.
 constexpr std::uint32_t kVisibilityFeatures = FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS |
                                               FEATURE_KV_LENGTHS | FEATURE_SEGMENTS | FEATURE_MASK;
-constexpr std::uint32_t kScoreFeatures = kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP;
+constexpr std::uint32_t kScoreFeatures = kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP |
+                                         FEATURE_PLAN | FEATURE_LEVEL_BIAS;
 
 constexpr std::uint64_t DivideUp(std::uint64_t value, std::uint64_t divisor) {
   return (value + divisor - 1) / divisor;
@@ -79,11 +82,11 @@ class Planner {
       : problem_(problem), traits_(traits), params_(problem.params) {}
 
   DispatchPlan Plan() {
-    pairs_ = CountPairs(problem_);
+    pairs_ = Has(FEATURE_PLAN) ? 0 : CountPairs(problem_);  // the device knows those of a plan
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
-        PlanQueryKernel(Kernel::kForward, kScoreFeatures, 4);
+        PlanQueryKernel(Kernel::kForward, kScoreFeatures | FEATURE_ROW_COUNTS, 4);
         break;
       case Pass::kTangent:
         PlanTangent();
@@ -104,35 +107,48 @@ class Planner {
     const double products =
         4 + (Has(FEATURE_DQ) ? 2 : 0) + (Has(FEATURE_DK) ? 2 : 0) + (Has(FEATURE_DV) ? 2 : 0);
     PlanQueryKernel(Kernel::kTangent,
-                    kScoreFeatures | FEATURE_DQ | FEATURE_DK | FEATURE_DV | FEATURE_DBIAS,
+                    kScoreFeatures | FEATURE_DQ | FEATURE_DK | FEATURE_DV | FEATURE_DBIAS |
+                        FEATURE_DCOARSE_K | FEATURE_DCOARSE_V | FEATURE_DLEVEL_BIAS,
                     products);
   }
 
   void PlanBackward() {
+    const bool wants_queries = Has(FEATURE_DQ | FEATURE_DLEVEL_BIAS);
     const bool wants_keys = Has(FEATURE_DK | FEATURE_DV);
-    const bool wants_score_gradient = Has(FEATURE_DQ | FEATURE_DK | FEATURE_DBIAS);
+    const bool wants_coarse_rows = Has(FEATURE_DCOARSE_K | FEATURE_DCOARSE_V);
+    const bool wants_score_gradient =
+        wants_queries || Has(FEATURE_DK | FEATURE_DCOARSE_K | FEATURE_DBIAS);
     const double value_products = Has(FEATURE_DOUT) ? 2 : 0;
     KernelShape dq_shape, dkv_shape;
-    if (Has(FEATURE_DQ)) {
+    if (wants_queries) {
       dq_shape = Choose(Kernel::kBackwardDq);
       AddLists(dq_shape, /*transposed=*/false);
     }
-    if (wants_keys) {
+    if (wants_keys || wants_coarse_rows) {
       dkv_shape = Choose(Kernel::kBackwardDkv);
       AddLists(dkv_shape, /*transposed=*/true);
     }
     if (wants_score_gradient) AddDelta();
-    needs_barrier_ = true;
-    const std::uint32_t cotangents = FEATURE_DOUT;
-    if (Has(FEATURE_DQ)) {
-      AddKernel(dq_shape, kScoreFeatures | cotangents, QueryTiles(dq_shape),
-                (4 + value_products) * pairs_ * params_.head_dim);
+    needs_barrier_ = !plan_.dispatches.empty();
+    const std::uint32_t cotangents = FEATURE_DOUT | FEATURE_DSHARES;
+    if (wants_queries) {
+      AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
+                QueryTiles(dq_shape), (4 + value_products) * pairs_ * params_.head_dim);
     }
     if (wants_keys) {
       const double products =
           2 + (Has(FEATURE_DK) ? 2 + value_products : 0) + (Has(FEATURE_DV) ? value_products : 0);
-      AddKernel(dkv_shape, kScoreFeatures | cotangents | FEATURE_DK | FEATURE_DV,
-                KeyTiles(dkv_shape), products * pairs_ * params_.head_dim);
+      AddKernel(dkv_shape,
+                (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT | FEATURE_DK | FEATURE_DV,
+                KeyTiles(dkv_shape, params_.keys), products * pairs_ * params_.head_dim);
+    }
+    if (wants_coarse_rows) {
+      AddKernel(dkv_shape, kScoreFeatures | cotangents,
+                KeyTiles(dkv_shape, params_.coarse_rows), 0);
+      std::uint32_t& features = plan_.dispatches.back().specialization[kFeatures];
+      features |= FEATURE_COARSE_TILE;
+      if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
+      if (Has(FEATURE_DCOARSE_V)) features |= FEATURE_DV;
     }
     if (Has(FEATURE_DBIAS)) AddBiasGradient(cotangents, value_products);
   }
@@ -140,7 +156,7 @@ class Planner {
   void PlanQueryKernel(Kernel kernel, std::uint32_t features, double flops_a_pair_and_column) {
     const KernelShape shape = Choose(kernel);
     AddLists(shape, /*transposed=*/false);
-    needs_barrier_ = true;
+    needs_barrier_ = !plan_.dispatches.empty();
     AddKernel(shape, features, QueryTiles(shape),
               flops_a_pair_and_column * pairs_ * params_.head_dim);
   }
@@ -158,20 +174,33 @@ class Planner {
         " threads a workgroup");
   }
 
-  // Lists are apart only where lengths, segments or masks tell batch entries or heads apart. The
-  // lists of all batch entries for one head chunk lie together, so that lists of queries and of
-  // keys share the strides of the batch axes.
+  // Lists are apart only where lengths, segments or masks tell batch entries or heads apart.
   void SetBatchLists() {
-    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
-      const bool differs = std::any_of(
-          std::begin(kMaskingOperands), std::end(kMaskingOperands), [&](const auto& operand) {
-            return Has(operand.feature) && params_.operand[operand.slot].batch_stride[axis] != 0;
-          });
-      if (!differs || params_.batch[axis] == 1) continue;
-      params_.list_batch_stride[axis] = static_cast<std::uint32_t>(batch_lists_);
-      batch_lists_ *= params_.batch[axis];
+    for (int axis = 0; axis < MAX_BATCH_AXES; ++axis) {
+      batches_differ_[axis] =
+          params_.batch[axis] != 1 &&
+          std::any_of(std::begin(kMaskingOperands), std::end(kMaskingOperands),
+                      [&](const auto& operand) {
+                        return Has(operand.feature) &&
+                               params_.operand[operand.slot].batch_stride[axis] != 0;
+                      });
+      if (batches_differ_[axis]) batch_lists_ *= params_.batch[axis];
     }
     heads_differ_ = Has(FEATURE_MASK) && params_.operand[OPERAND_MASK].head_stride != 0;
+  }
+
+  // Lists of so many words each, those of a head together.
+  void AddListOperand(std::uint32_t slot, std::uint64_t list_words, std::uint64_t lists) {
+    CheckIndex(list_words * lists, "work lists");
+    OperandLayout& layout = params_.operand[slot];
+    std::uint64_t stride = list_words;
+    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+      if (!batches_differ_[axis]) continue;
+      layout.batch_stride[axis] = static_cast<std::uint32_t>(stride);
+      stride *= params_.batch[axis];
+    }
+    layout.head_stride = static_cast<std::uint32_t>(heads_differ_ ? stride : 0);
+    AddScratch(slot, list_words * lists * 4);
   }
 
   // How far apart a query and a key that it sees can be, both sides together.
@@ -187,39 +216,36 @@ class Planner {
     return left + right;
   }
 
+  // Where no plan gives them.
   void AddLists(const KernelShape& shape, bool transposed) {
+    if (Has(FEATURE_PLAN)) return;
     const std::uint32_t tile_heads = TileHeads(params_);
     const std::uint64_t heads = !heads_differ_ ? 1
                                 : transposed   ? params_.kv_heads
                                                : params_.query_heads / tile_heads;
-    const std::uint64_t tiles = transposed ? KeyTileCount(shape) : QueryTileCount(shape);
+    const std::uint64_t tiles = transposed ? DivideUp(params_.keys, shape.tile_rows) : QueryTileCount(shape);
     const std::uint64_t rows = transposed ? params_.queries : params_.keys;
     const std::uint64_t granule_rows = transposed ? kGranuleRows / tile_heads : kGranuleRows;
     const std::uint64_t tile_span = transposed ? shape.tile_rows : shape.tile_rows / tile_heads;
     const std::uint64_t granules = std::min(DivideUp(rows, granule_rows),
                                             DivideUp(tile_span + WindowSpan(), granule_rows) + 1);
-    const std::uint64_t block_granules = shape.block_rows / kGranuleRows;
-    const std::uint64_t capacity = DivideUp(granules, block_granules) * block_granules;
-    const std::uint64_t lists = heads * batch_lists_ * tiles;
-    const std::uint64_t header_words = 4 * lists;
-    const std::uint64_t words = header_words + lists * capacity;
-    const std::uint32_t slot = transposed ? OPERAND_KEY_LISTS : OPERAND_LISTS;
-    CheckIndex(words, "work lists");
-    const auto head_stride = static_cast<std::uint32_t>(heads_differ_ ? batch_lists_ : 0);
+    const std::uint64_t tile_capacity = DivideUp(granules, kListStep) * kListStep;
+    const std::uint64_t capacity = tile_capacity * tiles;
+    const std::uint64_t lists = heads * batch_lists_;
     if (transposed) {
-      params_.key_list_head_stride = head_stride;
+      AddListOperand(OPERAND_KEY_LIST_HEADERS, 4 * tiles, lists);
+      AddListOperand(OPERAND_KEY_LIST_ENTRIES, capacity, lists);
       params_.key_list_capacity = static_cast<std::uint32_t>(capacity);
     } else {
-      params_.list_head_stride = head_stride;
+      AddListOperand(OPERAND_LIST_HEADERS, 4 * tiles, lists);
+      AddListOperand(OPERAND_LIST_ENTRIES, capacity, lists);
       params_.list_capacity = static_cast<std::uint32_t>(capacity);
     }
-    params_.operand[slot].row_stride = static_cast<std::uint32_t>(header_words);
-    AddScratch(slot, words * 4);
 
     KernelShape maker = shape;
     maker.threads = kListThreads;
     maker.required_subgroup_size = 0;
-    Dispatch dispatch = MakeDispatch("work_lists.f32", maker, kVisibilityFeatures, lists);
+    Dispatch dispatch = MakeDispatch("work_lists.f32", maker, kVisibilityFeatures, lists * tiles);
     // Lists are the same for every head_dim and dtype: one pipeline makes them.
     for (const Constant constant :
          {kHeadDim, kBiasDtype, kThreadRows, kSliceColumns, kVectorAccess}) {
@@ -243,7 +269,8 @@ class Planner {
     KernelShape shape = {"attend_backward_delta", kDeltaThreads, kDeltaThreads / 8, kGranuleRows};
     const std::uint64_t rows =
         std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
-    plan_.dispatches.push_back(MakeDispatch(ModuleName(shape), shape, FEATURE_DOUT | FEATURE_DLSE,
+    plan_.dispatches.push_back(MakeDispatch(ModuleName(shape), shape,
+                                            FEATURE_DOUT | FEATURE_DLSE | FEATURE_DSHARES,
                                             DivideUp(rows, shape.tile_rows)));
   }
 
@@ -324,14 +351,11 @@ class Planner {
   std::uint64_t QueryTileCount(const KernelShape& shape) const {
     return DivideUp(params_.queries, shape.tile_rows / TileHeads(params_));
   }
-  std::uint64_t KeyTileCount(const KernelShape& shape) const {
-    return DivideUp(params_.keys, shape.tile_rows);
-  }
   std::uint64_t QueryTiles(const KernelShape& shape) const {
     return QueryTileCount(shape) * (params_.query_heads / TileHeads(params_)) * params_.batch_count;
   }
-  std::uint64_t KeyTiles(const KernelShape& shape) const {
-    return KeyTileCount(shape) * params_.kv_heads * params_.batch_count;
+  std::uint64_t KeyTiles(const KernelShape& shape, std::uint64_t rows) const {
+    return DivideUp(rows, shape.tile_rows) * params_.kv_heads * params_.batch_count;
   }
 
   const AttentionProblem& problem_;
@@ -340,8 +364,10 @@ class Planner {
   DispatchPlan plan_;
   const KernelFamily* family_ = nullptr;  // the most preferred of those that serve the plan
   double pairs_ = 0;
-  std::uint64_t batch_lists_ = 1;
+  // Whether lists differ along each batch axis and among heads, and number of those of one head.
+  std::array<bool, MAX_BATCH_AXES> batches_differ_ = {};
   bool heads_differ_ = false;
+  std::uint64_t batch_lists_ = 1;
   bool needs_barrier_ = false;
 };
 
@@ -350,7 +376,8 @@ class Planner {
 bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements) {
   std::uint32_t extents = params.head_dim;
   for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
-                         OPERAND_DV, OPERAND_DOUT}) {
+                         OPERAND_DV, OPERAND_DOUT, OPERAND_COARSE_K, OPERAND_COARSE_V,
+                         OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
     const OperandLayout& layout = params.operand[slot];
     extents |= layout.row_stride | layout.head_stride;
     for (const std::uint32_t stride : layout.batch_stride) extents |= stride;

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "attention/kernels.h"
+#include "attention/plan_shape.h"
 
 namespace jax_aat {
 namespace {
@@ -23,13 +24,13 @@ struct KernelTraits {
 KernelTraits TraitsOf(Kernel kernel) {
   switch (kernel) {
     case Kernel::kForward:
-      return {"attend_forward", 1, 1, 1, 1, 0};
+      return {"attend_forward", 1, 1, 1, 1, 2};
     case Kernel::kTangent:
-      return {"attend_tangent", 2, 2, 1, 1, 0};
+      return {"attend_tangent", 2, 2, 1, 1, 2};
     case Kernel::kBackwardDq:
-      return {"attend_backward_dq", 2, 2, 1, 0, 0};
+      return {"attend_backward_dq", 2, 2, 1, 0, 2};
     case Kernel::kBackwardDkv:
-      return {"attend_backward_dkv", 2, 2, 2, 0, 2};
+      return {"attend_backward_dkv", 2, 2, 2, 0, 4};
     case Kernel::kBackwardDbias:
       return {"attend_backward_dbias", 1, 3, 0, 0, 0};
   }
@@ -92,7 +93,15 @@ std::optional<KernelShape> ChoosePortableKernel(Kernel kernel, const AttentionPr
     if (slice_columns > 32 && params.head_dim <= slice_columns / 2) continue;
     for (const std::uint32_t tile_rows : {64u, 32u, 16u}) {
       if (tile_rows > 16 && rows_there_are <= tile_rows / 2) continue;
+      if ((problem.features & FEATURE_PLAN) && kernel != Kernel::kBackwardDkv &&
+          tile_rows > PlanTileRows(params)) {
+        continue;
+      }
       for (const std::uint32_t block_rows : {32u, 16u}) {
+        if ((problem.features & FEATURE_PLAN) && kernel == Kernel::kBackwardDkv &&
+            block_rows > PlanTileRows(params)) {
+          continue;
+        }
         KernelShape shape = {kernel_traits.shader, 0, tile_rows, block_rows};
         shape.slice_columns = slice_columns;
         shape.thread_rows =

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/kernels.h"
+#include "attention/plan_shape.h"
 #include "ffi/slots.h"
 #include "vulkan/text.h"
 
@@ -28,24 +30,38 @@ struct PassSlots {
   std::uint32_t optional_results;
 };
 
-PassSlots SlotsOf(Pass pass) {
+// What a plan brings: all of it, or none.
+constexpr std::uint32_t kPlan =
+    Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) | Bit(OPERAND_LEVELS) |
+    Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) | Bit(OPERAND_KEY_LIST_HEADERS) |
+    Bit(OPERAND_KEY_LIST_ENTRIES);
+
+// `planned`: the call has a plan.
+PassSlots SlotsOf(Pass pass, bool planned) {
   constexpr std::uint32_t kQkv = Bit(OPERAND_Q) | Bit(OPERAND_K) | Bit(OPERAND_V);
-  constexpr std::uint32_t kOptions = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) |
-                                     Bit(OPERAND_Q_LENGTHS) | Bit(OPERAND_KV_LENGTHS) |
-                                     Bit(OPERAND_Q_SEGMENTS) | Bit(OPERAND_KV_SEGMENTS);
   constexpr std::uint32_t kOut = Bit(OPERAND_OUT) | Bit(OPERAND_LSE);
-  constexpr std::uint32_t kDerivatives =
-      Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) | Bit(OPERAND_DBIAS);
-  constexpr std::uint32_t kOutDerivatives = Bit(OPERAND_DOUT) | Bit(OPERAND_DLSE);
+  constexpr std::uint32_t kRowCounts = Bit(OPERAND_ROW_COUNTS);
+  constexpr std::uint32_t kPlanDerivatives =
+      Bit(OPERAND_DCOARSE_K) | Bit(OPERAND_DCOARSE_V) | Bit(OPERAND_DLEVEL_BIAS);
+  const std::uint32_t inputs = kQkv | (planned ? kPlan : 0);
+  const std::uint32_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | Bit(OPERAND_Q_LENGTHS) |
+                                Bit(OPERAND_KV_LENGTHS) | Bit(OPERAND_Q_SEGMENTS) |
+                                Bit(OPERAND_KV_SEGMENTS) |
+                                (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
+  const std::uint32_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);
+  const std::uint32_t derivatives = Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) |
+                                    Bit(OPERAND_DBIAS) | (planned ? kPlanDerivatives : 0);
+  const std::uint32_t out_derivatives =
+      Bit(OPERAND_DOUT) | Bit(OPERAND_DLSE) | (planned ? Bit(OPERAND_DSHARES) : 0);
   switch (pass) {
     case Pass::kForward:
-      return {kQkv, kOptions, kOut, 0};
+      return {inputs, options, out, kRowCounts};
     case Pass::kTangent:
-      return {kQkv | kOut, kOptions | kDerivatives, kOutDerivatives, 0};
+      return {inputs | out, options | derivatives, out_derivatives, 0};
     case Pass::kBackward:
       break;
   }
-  return {kQkv | kOut, kOptions | kOutDerivatives, 0, kDerivatives};
+  return {inputs | out, options | out_derivatives, 0, derivatives};
 }
 
 void CheckPresence(const char* what, std::uint32_t present, std::uint32_t required,
@@ -135,6 +151,9 @@ class CallBuilder {
       case SlotType::kInt32:
         if (type != ffi::DataType::S32) Refuse(name, " must be int32.");
         break;
+      case SlotType::kUint32:
+        if (type != ffi::DataType::U32) Refuse(name, " must be uint32.");
+        break;
     }
   }
 
@@ -183,6 +202,10 @@ class CallBuilder {
       Refuse("the ", params().query_heads, " heads of q are no multiple of the ", params().kv_heads,
              " heads of k and v.");
     }
+    if (Has(OPERAND_LEVELS)) {
+      SetPlanShape(params(), attributes_.query_tile, trailing(OPERAND_LIST_ENTRIES, 1),
+                   trailing(OPERAND_KEY_LIST_ENTRIES, 1));
+    }
   }
 
   // Batch axes are kept at the end of the four, so that the last is the innermost.
@@ -199,9 +222,41 @@ class CallBuilder {
       case Axis::kKvHeads:
         return params().kv_heads;
       case Axis::kHeadDim:
+        return params().head_dim;
+      case Axis::kCoarseRows:
+        return params().coarse_rows;
+      case Axis::kLevelCount:
+        return 2;
+      case Axis::kLists:
+        return params().query_heads / TileHeads(params());
+      case Axis::kPlanTiles:
+        return params().plan_tiles;
+      case Axis::kLevelWords:
+        return LevelWords(params());
+      case Axis::kHeaderWords:
+        return 4;
+      case Axis::kListEntries:
+        return params().list_capacity;
+      case Axis::kKeyListTiles:
+        return KeyListTiles(params());
+      case Axis::kKeyListEntries:
         break;
     }
-    return params().head_dim;
+    return params().key_list_capacity;
+  }
+
+  static bool IsColumn(Axis axis) {
+    switch (axis) {
+      case Axis::kHeadDim:
+      case Axis::kLevelCount:
+      case Axis::kLevelWords:
+      case Axis::kHeaderWords:
+      case Axis::kListEntries:
+      case Axis::kKeyListEntries:
+        return true;
+      default:
+        return false;
+    }
   }
 
   // Checks the sizes of a buffer and sets its strides: row-major, 0 along broadcast axes.
@@ -226,9 +281,9 @@ class CallBuilder {
     for (std::size_t i = description.axes.size(); i-- > 0;) {
       const Axis axis = description.axes[i];
       const std::uint32_t own = take(batch_axes_ + i, Extent(axis), description.broadcast_axes);
-      if (axis == Axis::kQueryHeads || axis == Axis::kKvHeads) {
+      if (axis == Axis::kQueryHeads || axis == Axis::kKvHeads || axis == Axis::kLists) {
         layout.head_stride = own;
-      } else if (axis == Axis::kHeadDim || (logits && axis == Axis::kKeys)) {
+      } else if (IsColumn(axis) || (logits && axis == Axis::kKeys)) {
         layout.column_stride = own;
       } else {
         layout.row_stride = own;
@@ -277,9 +332,16 @@ class CallBuilder {
     feature(FEATURE_DK, Has(OPERAND_DK));
     feature(FEATURE_DV, Has(OPERAND_DV));
     feature(FEATURE_DBIAS, Has(OPERAND_DBIAS));
+    feature(FEATURE_PLAN, Has(OPERAND_LEVELS));
+    feature(FEATURE_LEVEL_BIAS, Has(OPERAND_LEVEL_BIAS));
+    feature(FEATURE_DCOARSE_K, Has(OPERAND_DCOARSE_K));
+    feature(FEATURE_DCOARSE_V, Has(OPERAND_DCOARSE_V));
+    feature(FEATURE_DLEVEL_BIAS, Has(OPERAND_DLEVEL_BIAS));
+    feature(FEATURE_ROW_COUNTS, Has(OPERAND_ROW_COUNTS));
     if (problem().pass == Pass::kBackward) {
       feature(FEATURE_DOUT, Has(OPERAND_DOUT));
       feature(FEATURE_DLSE, Has(OPERAND_DLSE));
+      feature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
     }
   }
 
@@ -293,7 +355,7 @@ class CallBuilder {
 
 AttentionCall MakeCall(Pass pass, const CallAttributes& attributes, ffi::RemainingArgs args,
                        ffi::RemainingRets rets) {
-  const PassSlots slots = SlotsOf(pass);
+  const PassSlots slots = SlotsOf(pass, (attributes.operands & kPlan) != 0);
   CheckPresence("arguments", attributes.operands, slots.required_operands, slots.optional_operands);
   CheckPresence("results", attributes.results, slots.required_results, slots.optional_results);
   const auto check_count = [](const char* what, std::uint32_t bits, std::size_t count) {

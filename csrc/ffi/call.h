@@ -17,6 +17,7 @@ struct CallAttributes {
   std::int32_t causal = 0;
   std::int32_t window_left = -1;
   std::int32_t window_right = -1;
+  std::uint32_t query_tile = 0;  // rows of a query tile of the plan; 0 without one
 };
 
 struct AttentionCall {

@@ -18,7 +18,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_aat::CallAttributes,
                                       StructMember<float>("scale"), StructMember<float>("soft_cap"),
                                       StructMember<std::int32_t>("causal"),
                                       StructMember<std::int32_t>("window_left"),
-                                      StructMember<std::int32_t>("window_right"));
+                                      StructMember<std::int32_t>("window_right"),
+                                      StructMember<std::uint32_t>("query_tile"));
 
 namespace jax_aat {
 namespace {

@@ -11,6 +11,13 @@ constexpr std::array kLogits = {kQueryHeads, kQueries, kKeys};
 constexpr std::array kPerQuery = {kQueries};
 constexpr std::array kPerKey = {kKeys};
 constexpr std::array kPerRow = {kQueries, kQueryHeads};
+constexpr std::array kCoarse = {kCoarseRows, kKvHeads, kHeadDim};
+constexpr std::array kPerRowAndLevel = {kQueries, kQueryHeads, kLevelCount};
+constexpr std::array kLevelsMap = {kLists, kPlanTiles, kLevelWords};
+constexpr std::array kHeaders = {kLists, kPlanTiles, kHeaderWords};
+constexpr std::array kEntries = {kLists, kListEntries};
+constexpr std::array kKeyHeaders = {kKvHeads, kKeyListTiles, kHeaderWords};
+constexpr std::array kKeyEntries = {kKvHeads, kKeyListEntries};
 
 // In the order of the OPERAND_* constants.
 constexpr std::array<Slot, kCallSlots> kSlots = {{
@@ -31,6 +38,20 @@ constexpr std::array<Slot, kCallSlots> kSlots = {{
     {"dbias", SlotType::kLikeBias, kLogits, true},
     {"dout", SlotType::kLikeQuery, kQuery, false},
     {"dlogsumexp", SlotType::kFloat32, kPerRow, false},
+    {"coarse k", SlotType::kLikeQuery, kCoarse, false},
+    {"coarse v", SlotType::kLikeQuery, kCoarse, false},
+    {"level bias", SlotType::kFloat32, kPerRowAndLevel, false},
+    {"levels", SlotType::kUint32, kLevelsMap, false},
+    {"list headers", SlotType::kUint32, kHeaders, false},
+    {"list entries", SlotType::kUint32, kEntries, false},
+    {"key list headers", SlotType::kUint32, kKeyHeaders, false},
+    {"key list entries", SlotType::kUint32, kKeyEntries, false},
+    {"shares", SlotType::kFloat32, kPerRowAndLevel, false},
+    {"dcoarse k", SlotType::kLikeQuery, kCoarse, false},
+    {"dcoarse v", SlotType::kLikeQuery, kCoarse, false},
+    {"dlevel bias", SlotType::kFloat32, kPerRowAndLevel, false},
+    {"dshares", SlotType::kFloat32, kPerRowAndLevel, false},
+    {"row counts", SlotType::kUint32, kPerRowAndLevel, false},
 }};
 
 }  // namespace

@@ -10,12 +10,28 @@
 
 namespace jax_aat {
 
-inline constexpr std::uint32_t kCallSlots = 17;  // those that cross the FFI boundary
+inline constexpr std::uint32_t kCallSlots = 31;  // those that cross the FFI boundary
 
 // Axes after the batch axes.
-enum class Axis { kQueries, kKeys, kQueryHeads, kKvHeads, kHeadDim };
+enum class Axis {
+  kQueries,
+  kKeys,
+  kQueryHeads,
+  kKvHeads,
+  kHeadDim,
+  // Of a plan.
+  kCoarseRows,
+  kLevelCount,
+  kLists,
+  kPlanTiles,
+  kLevelWords,
+  kHeaderWords,
+  kListEntries,
+  kKeyListTiles,
+  kKeyListEntries,
+};
 
-enum class SlotType { kLikeQuery, kLikeBias, kFloat32, kBool, kInt32 };
+enum class SlotType { kLikeQuery, kLikeBias, kFloat32, kBool, kInt32, kUint32 };
 
 struct Slot {
   std::string_view name;

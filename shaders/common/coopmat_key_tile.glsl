@@ -6,7 +6,7 @@
 struct KeyTile {
   uint first_key;
   uint kv_head;
-  uvec4 list;  // header of what it sees
+  WorkList list;  // what it sees
 };
 
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
@@ -16,10 +16,9 @@ bool locate_key_tile(out KeyTile tile) {
   if (entry >= PARAMS.batch_count) return false;
   set_batch(entry);
   uint kv_head = index / tiles % PARAMS.kv_heads, number = index % tiles;
-  uint list = (batch_list() + kv_head * PARAMS.key_list_head_stride) * tiles + number;
   tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);
   tile.kv_head = subgroupBroadcastFirst(kv_head);
-  tile.list = subgroupBroadcastFirst(list_header(OPERAND_KEY_LISTS, list));
+  tile.list = uniform_list(key_list(kv_head, number));
   return true;
 }
 
@@ -127,11 +126,11 @@ View uniform_view(View view) {
 // Stages the first step.
 Walk start_walk(KeyTile tile) {
   Walk walk;
-  walk.entries = Entries(subgroupBroadcastFirst(list_address(OPERAND_KEY_LISTS)));
-  walk.first_entry = tile.list.x;
+  walk.entries = Entries(tile.list.entries);
+  walk.first_entry = tile.list.first_entry;
   // Transformed scores are evaluated one by one in every block.
-  walk.full_blocks = TRANSFORMED ? 0 : tile.list.y;
-  walk.blocks = tile.list.y + tile.list.z;
+  walk.full_blocks = TRANSFORMED ? 0 : tile.list.full_blocks;
+  walk.blocks = tile.list.blocks;
   walk.heads = subgroupBroadcastFirst(PARAMS.query_heads / PARAMS.kv_heads);
   walk.last_position = subgroupBroadcastFirst(query_limit - 1);
   uint first_head = tile.kv_head * walk.heads;

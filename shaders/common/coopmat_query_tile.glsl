@@ -35,7 +35,7 @@ bool locate_uniform_tile(out QueryTile tile) {
   if (subgroupAny(!locate_query_tile(found))) return false;
   tile = QueryTile(subgroupBroadcastFirst(found.first_position),
                    subgroupBroadcastFirst(found.first_head),
-                   subgroupBroadcastFirst(found.kv_head), subgroupBroadcastFirst(found.list));
+                   subgroupBroadcastFirst(found.kv_head), uniform_list(found.list));
   return true;
 }
 
@@ -56,11 +56,11 @@ void name_block(Walk walk, uint block) {
 // Stages the first block.
 Walk start_walk(QueryTile tile) {
   Walk walk;
-  walk.entries = Entries(subgroupBroadcastFirst(list_address(OPERAND_LISTS)));
-  walk.first_entry = tile.list.x;
+  walk.entries = Entries(tile.list.entries);
+  walk.first_entry = tile.list.first_entry;
   // Transformed scores are evaluated one by one in every block.
-  walk.full_blocks = TRANSFORMED ? 0 : tile.list.y;
-  walk.blocks = tile.list.y + tile.list.z;
+  walk.full_blocks = TRANSFORMED ? 0 : tile.list.full_blocks;
+  walk.blocks = tile.list.blocks;
   walk.last_key = subgroupBroadcastFirst(key_limit - 1);
   walk.keys = source_of(view_of(OPERAND_K, tile.kv_head, 1));
   walk.values = source_of(view_of(OPERAND_V, tile.kv_head, 1));

@@ -49,6 +49,13 @@ struct Source {
   uint head_stride;
 };
 
+WorkList uniform_list(WorkList list) {
+  return WorkList(subgroupBroadcastFirst(list.entries), subgroupBroadcastFirst(list.first_entry),
+                  subgroupBroadcastFirst(list.full_blocks), subgroupBroadcastFirst(list.blocks),
+                  subgroupBroadcastFirst(list.first_coarse_entry),
+                  subgroupBroadcastFirst(list.coarse_rows));
+}
+
 uint fetch_row() { return gl_LocalInvocationIndex / VECTORS; }
 uint fetch_column() { return gl_LocalInvocationIndex % VECTORS; }
 

@@ -11,8 +11,8 @@ namespace jax_aat {
 using uint = std::uint32_t;
 #endif
 
-// Operand slots. 0-16 cross the FFI boundary (bit i of the `operands` and `results` attributes);
-// the rest is scratch of one call.
+// Operand slots. Those up to ROW_COUNTS cross the FFI boundary (bit i of the `operands` and `results`
+// attributes); the rest is scratch of one call. Work lists are scratch where no plan gives them.
 #define OPERAND_Q 0
 #define OPERAND_K 1
 #define OPERAND_V 2
@@ -32,10 +32,24 @@ using uint = std::uint32_t;
 // Tangents of out and logsumexp (results of tangent) or their cotangents (inputs of backward).
 #define OPERAND_DOUT 15
 #define OPERAND_DLSE 16
-#define OPERAND_DELTA 17        // float32 [batch, queries, query_heads]: sum(dout * out) - dlse
-#define OPERAND_LISTS 18        // uint: work lists by query tile, see common/work_list.glsl
-#define OPERAND_KEY_LISTS 19    // uint: the transposed lists, by key tile, for dK and dV
-#define OPERAND_COUNT 20
+// Coarse rows: the mean of each granule, then of each super-tile.
+#define OPERAND_COARSE_K 17
+#define OPERAND_COARSE_V 18
+#define OPERAND_LEVEL_BIAS 19  // added to the scores of coarse rows, by level
+// The plan: levels of granules, and the work lists made of them (common/work_list.glsl).
+#define OPERAND_LEVELS 20
+#define OPERAND_LIST_HEADERS 21  // by query tile
+#define OPERAND_LIST_ENTRIES 22
+#define OPERAND_KEY_LIST_HEADERS 23  // by key tile, for dk and dv
+#define OPERAND_KEY_LIST_ENTRIES 24
+#define OPERAND_SHARES 25  // of the softmax that coarse rows hold, by level
+#define OPERAND_DCOARSE_K 26
+#define OPERAND_DCOARSE_V 27
+#define OPERAND_DLEVEL_BIAS 28
+#define OPERAND_DSHARES 29
+#define OPERAND_ROW_COUNTS 30  // rows that a query was multiplied with: exact, coarse
+#define OPERAND_DELTA 31       // float32 [batch, queries, query_heads]: sum(dout * out) - dlse
+#define OPERAND_COUNT 32
 
 #define MAX_BATCH_AXES 4
 
@@ -59,6 +73,14 @@ using uint = std::uint32_t;
 #define FEATURE_DBIAS 2048
 #define FEATURE_DOUT 4096    // cotangent of out given (backward)
 #define FEATURE_DLSE 8192    // cotangent of logsumexp given (backward)
+#define FEATURE_PLAN 16384   // levels, work lists and coarse rows are given
+#define FEATURE_LEVEL_BIAS 32768
+#define FEATURE_DCOARSE_K 65536
+#define FEATURE_DCOARSE_V 131072
+#define FEATURE_DLEVEL_BIAS 262144
+#define FEATURE_DSHARES 524288     // cotangent of shares given (backward)
+#define FEATURE_ROW_COUNTS 1048576  // row counts wanted (forward)
+#define FEATURE_COARSE_TILE 2097152  // the kernel's key tiles are of coarse rows (backward)
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
@@ -68,8 +90,8 @@ struct OperandLayout {
   uint address_low;
   uint address_high;
   uint batch_stride[MAX_BATCH_AXES];
-  uint row_stride;     // along queries or keys
-  uint head_stride;    // along query heads or key/value heads
+  uint row_stride;     // along queries or keys; of levels and list headers along tiles
+  uint head_stride;    // along query heads or key/value heads; of the plan along lists
   uint column_stride;  // along head_dim; for bias and mask along keys
 };
 
@@ -85,13 +107,12 @@ struct AttentionParams {
   int window_right;
   float scale;
   float soft_cap;
-  // Work lists are shared where no operand tells tiles of different batch entries or heads apart:
-  // the list of (batch index b, head chunk h) is sum(b_i * list_batch_stride[i]) + h * list_head_stride.
-  uint list_batch_stride[MAX_BATCH_AXES];
-  uint list_head_stride;  // by query-head chunk (OPERAND_LISTS)
-  uint key_list_head_stride;  // by key/value head (OPERAND_KEY_LISTS)
-  uint list_capacity;         // entries that one list may take
+  uint list_capacity;  // entries of one work list: of all query tiles of a head chunk
   uint key_list_capacity;
+  // Of a plan:
+  uint plan_positions;       // of a query tile; a power of two
+  uint plan_tiles;           // of queries
+  uint coarse_rows;          // of granules and super-tiles
   OperandLayout operand[OPERAND_COUNT];
 };
 

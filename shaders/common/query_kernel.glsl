@@ -1,7 +1,6 @@
 // What kernels that own a tile of queries and walk blocks of keys share.
+#include "common/coarse_scores.glsl"
 #include "common/query_tile.glsl"
-#include "common/scores.glsl"
-#include "common/staging.glsl"
 
 void clear(out float products[THREAD_SCORES]) {
   [[unroll]] for (uint i = 0; i < THREAD_SCORES; ++i) products[i] = 0.0;

@@ -8,7 +8,7 @@ struct QueryTile {
   uint first_position;
   uint first_head;
   uint kv_head;
-  uvec4 list;  // header of what it sees
+  WorkList list;  // what it sees
 };
 
 uint query_tile_count() { return divide_up(PARAMS.queries, TILE_POSITIONS); }
@@ -27,7 +27,6 @@ bool locate_query_tile(out QueryTile tile) {
   tile.first_position = number * TILE_POSITIONS;
   tile.first_head = chunk * TILE_HEADS;
   tile.kv_head = tile.first_head / (PARAMS.query_heads / PARAMS.kv_heads);
-  uint list = batch_list() + chunk * PARAMS.list_head_stride;
-  tile.list = list_header(OPERAND_LISTS, list * tiles + number);
+  tile.list = query_list(chunk, number, TILE_POSITIONS);
   return true;
 }

@@ -14,9 +14,7 @@ struct Score {
   float slope;  // d value / d product
 };
 
-// -inf where the score hides the key: hidden keys and those with a bias of -inf are treated alike.
-Score score_of(float product, uint position, uint head, uint key, bool mixed) {
-  if (mixed && !visible(position, head, key)) return Score(-INFINITY, 0.0);
+Score transformed_score(float product, uint position, uint head, uint key) {
   Score score = Score(product * call.scale, call.scale);
   if (has(FEATURE_SOFT_CAP)) {
     float t = tanh_accurate(score.value / call.soft_cap);
@@ -29,6 +27,12 @@ Score score_of(float product, uint position, uint head, uint key, bool mixed) {
         BIAS_DTYPE);
   }
   return score;
+}
+
+// -inf where the score hides the key: hidden keys and those with a bias of -inf are treated alike.
+Score score_of(float product, uint position, uint head, uint key, bool mixed) {
+  if (mixed && !visible(position, head, key)) return Score(-INFINITY, 0.0);
+  return transformed_score(product, position, head, key);
 }
 
 // exp(score - logsumexp), 0 for hidden keys whatever the logsumexp is.

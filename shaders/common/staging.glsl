@@ -1,8 +1,8 @@
 // Global memory to the slices in shared memory. Rows that do not exist and columns past head_dim
 // become zeros. The caller puts barriers around.
 #include "common/elementary.glsl"
+#include "common/levels.glsl"
 #include "common/products.glsl"
-#include "common/work_list.glsl"
 
 #define ABSENT_ROW 0xffffffffu
 #define NO_ROW 0x7fffffffu  // past every key and position
@@ -10,15 +10,47 @@
 // First rows of the granules of the block at work, copied from the work list.
 uint block_granules[BLOCK_GRANULES];
 
-void load_block(uint slot, uint first_entry) {
+// A block of coarse rows instead: which, and the logarithm of how many keys each stands for.
+bool block_is_coarse = false;
+const uint COARSE_BLOCK_ROWS = (FEATURES & FEATURE_PLAN) != 0 ? BLOCK_ROWS : 1;
+shared uint block_coarse_rows[COARSE_BLOCK_ROWS];
+shared float block_log_counts[COARSE_BLOCK_ROWS];
+
+void load_block(WorkList list, uint block) {
+  uint first_entry = list.first_entry + block * BLOCK_GRANULES;
   [[unroll]] for (uint i = 0; i < BLOCK_GRANULES; ++i) {
-    block_granules[i] = list_entry(slot, first_entry + i);
+    block_granules[i] = load_word(list.entries, first_entry + i);
   }
+}
+
+uint coarse_blocks(WorkList list) {
+  return has(FEATURE_PLAN) ? divide_up(list.coarse_rows, BLOCK_ROWS) : 0;
+}
+
+void load_coarse_block(WorkList list, uint block) {
+  block_is_coarse = true;
+  barrier();
+  for (uint i = gl_LocalInvocationID.x; i < BLOCK_ROWS; i += THREADS) {
+    uint number = block * BLOCK_ROWS + i;
+    uint entry = load_word(list.entries, list.first_coarse_entry + number);
+    uint row = bitfieldExtract(entry, 0, COARSE_ROW_BITS);
+    bool exists = number < list.coarse_rows && row < PARAMS.coarse_rows;
+    block_coarse_rows[i] = exists ? row : NO_ROW;
+    block_log_counts[i] = log_accurate(float((entry >> COARSE_ROW_BITS) + 1));
+  }
+  barrier();
 }
 
 void set_contiguous_block(uint first_row) {
   [[unroll]] for (uint i = 0; i < BLOCK_GRANULES; ++i) {
     block_granules[i] = first_row + i * GRANULE_ROWS;
+  }
+}
+
+// Granules of queries, one after the other.
+void set_query_block(uint first_position) {
+  [[unroll]] for (uint i = 0; i < BLOCK_GRANULES; ++i) {
+    block_granules[i] = first_position + i * GRANULE_POSITIONS;
   }
 }
 
@@ -52,7 +84,15 @@ uint query_row_start(View view, uint position, uint head) {
 }
 
 uint key_row_start(View view, uint key) {
-  return key < call.keys ? row_start(view, key, 0) : ABSENT_ROW;
+  uint keys = has(FEATURE_COARSE_TILE) ? PARAMS.coarse_rows : call.keys;
+  return key < keys ? row_start(view, key, 0) : ABSENT_ROW;
+}
+
+// Of row `row` of the block at work.
+uint block_row_start(View view, uint row) {
+  if (!block_is_coarse) return key_row_start(view, block_key(row));
+  uint coarse_row = block_coarse_rows[row];
+  return coarse_row == NO_ROW ? ABSENT_ROW : row_start(view, coarse_row, 0);
 }
 
 // Of a row of the tile that starts at a position; rows go over the heads of a tile first.
@@ -94,7 +134,7 @@ void stage_key_block(View view, uint slice) {
   ++staging;
   for (uint i = gl_LocalInvocationID.x; i < BLOCK_ROWS * SLICE_QUADS; i += THREADS) {
     uint row = i / SLICE_QUADS, quad = i % SLICE_QUADS;
-    uint start = key_row_start(view, block_key(row));
+    uint start = block_row_start(view, row);
     put_block_quad(row, quad, load_slice_quad(view, start, slice * SLICE_COLUMNS + quad * 4));
   }
 }

@@ -133,10 +133,64 @@ std::uint64_t DivideUp(std::uint64_t value, std::uint64_t divisor) {
 
 bool StartsWith(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
 
-// Number of workgroups that a dispatch needs, from its specialisation alone.
-std::uint64_t Workgroups(const AttentionProblem& problem, const Dispatch& dispatch,
-                         std::uint64_t query_lists, std::uint64_t key_lists) {
+std::uint64_t Tiles(const AttentionProblem& problem, const Dispatch& dispatch) {
   const AttentionParams& params = problem.params;
+  const std::uint64_t tile_rows = dispatch.specialization[4], heads = dispatch.specialization[5];
+  return dispatch.specialization[11] ? DivideUp(params.keys, tile_rows)
+                                     : DivideUp(params.queries, tile_rows / heads);
+}
+
+// Checks that batch entries and heads share a list only where no operand that hides keys tells them
+// apart, and that lists do not overlap; answers with the number of lists that the dispatch makes.
+std::uint64_t CheckLists(const AttentionProblem& problem, const AttentionParams& params,
+                         const Dispatch& dispatch) {
+  constexpr std::pair<int, std::uint32_t> kHiding[] = {{OPERAND_MASK, FEATURE_MASK},
+                                                       {OPERAND_Q_LENGTHS, FEATURE_Q_LENGTHS},
+                                                       {OPERAND_KV_LENGTHS, FEATURE_KV_LENGTHS},
+                                                       {OPERAND_Q_SEGMENTS, FEATURE_SEGMENTS},
+                                                       {OPERAND_KV_SEGMENTS, FEATURE_SEGMENTS}};
+  const bool transposed = dispatch.specialization[11] != 0;
+  const std::uint32_t heads =
+      transposed ? params.kv_heads : params.query_heads / dispatch.specialization[5];
+  const bool heads_differ =
+      (problem.features & FEATURE_MASK) && params.operand[OPERAND_MASK].head_stride != 0;
+  const std::uint64_t capacity = transposed ? params.key_list_capacity : params.list_capacity;
+  const std::uint64_t tiles = Tiles(problem, dispatch);
+  EXPECT(capacity % (4 * tiles) == 0);
+  const OperandLayout& headers =
+      params.operand[transposed ? OPERAND_KEY_LIST_HEADERS : OPERAND_LIST_HEADERS];
+  const OperandLayout& entries =
+      params.operand[transposed ? OPERAND_KEY_LIST_ENTRIES : OPERAND_LIST_ENTRIES];
+  std::set<std::uint64_t> lists, kinds;
+  for (std::uint32_t entry = 0; entry < params.batch_count; ++entry) {
+    for (std::uint32_t head = 0; head < heads; ++head) {
+      std::uint64_t header = std::uint64_t{head} * headers.head_stride;
+      std::uint64_t first = std::uint64_t{head} * entries.head_stride;
+      std::uint64_t kind = heads_differ ? head : 0, rest = entry;
+      for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+        const std::uint64_t index = rest % params.batch[axis];
+        rest /= params.batch[axis];
+        header += index * headers.batch_stride[axis];
+        first += index * entries.batch_stride[axis];
+        bool differs = false;
+        for (const auto& [slot, feature] : kHiding) {
+          differs |= (problem.features & feature) && params.operand[slot].batch_stride[axis] != 0;
+        }
+        kind = kind * 16 + (differs ? index : 0);
+      }
+      EXPECT(header % (4 * tiles) == 0 && header / (4 * tiles) * capacity == first);
+      lists.insert(header / (4 * tiles));
+      kinds.insert(kind);
+    }
+  }
+  EXPECT(lists.size() == kinds.size());
+  EXPECT(*lists.rbegin() == lists.size() - 1);
+  return lists.size();
+}
+
+// Number of workgroups that a dispatch needs, from its specialisation alone.
+std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams& params,
+                         const Dispatch& dispatch) {
   if (StartsWith(dispatch.shader, "attend_backward_delta")) {
     const std::uint64_t rows =
         std::uint64_t{params.queries} * params.query_heads * params.batch_count;
@@ -147,7 +201,7 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const Dispatch& dispat
   const std::uint64_t query_tiles = DivideUp(params.queries, tile_rows / heads);
   const std::uint64_t key_tiles = DivideUp(params.keys, tile_rows);
   if (StartsWith(dispatch.shader, "work_lists")) {
-    return dispatch.specialization[11] ? key_lists * key_tiles : query_lists * query_tiles;
+    return CheckLists(problem, params, dispatch) * Tiles(problem, dispatch);
   }
   if (StartsWith(dispatch.shader, "attend_backward_dkv")) {
     return key_tiles * params.kv_heads * params.batch_count;
@@ -161,74 +215,34 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const Dispatch& dispat
   return query_tiles * (params.query_heads / heads) * params.batch_count;
 }
 
-struct Lists {
-  std::uint64_t query = 0;
-  std::uint64_t key = 0;
-};
-
-// Checks that batch entries and heads share a list only where no operand that hides keys tells them
-// apart; answers with the number of lists.
-Lists CheckLists(const AttentionProblem& problem, const AttentionParams& params,
-                 std::uint32_t heads_a_chunk) {
-  constexpr std::pair<int, std::uint32_t> kHiding[] = {{OPERAND_MASK, FEATURE_MASK},
-                                                       {OPERAND_Q_LENGTHS, FEATURE_Q_LENGTHS},
-                                                       {OPERAND_KV_LENGTHS, FEATURE_KV_LENGTHS},
-                                                       {OPERAND_Q_SEGMENTS, FEATURE_SEGMENTS},
-                                                       {OPERAND_KV_SEGMENTS, FEATURE_SEGMENTS}};
-  std::set<std::uint64_t> batch_lists, query_lists, key_lists, kinds;
-  for (std::uint32_t entry = 0; entry < params.batch_count; ++entry) {
-    std::uint64_t list = 0, kind = 0, rest = entry;
-    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
-      const std::uint64_t index = rest % params.batch[axis];
-      rest /= params.batch[axis];
-      list += index * params.list_batch_stride[axis];
-      bool differs = false;
-      for (const auto& [slot, feature] : kHiding) {
-        differs |= (problem.features & feature) && params.operand[slot].batch_stride[axis] != 0;
-      }
-      kind = kind * 16 + (differs ? index : 0);
-    }
-    batch_lists.insert(list);
-    kinds.insert(kind);
-    for (std::uint32_t chunk = 0; chunk < params.query_heads / heads_a_chunk; ++chunk) {
-      query_lists.insert(list + std::uint64_t{chunk} * params.list_head_stride);
-    }
-    for (std::uint32_t head = 0; head < params.kv_heads; ++head) {
-      key_lists.insert(list + std::uint64_t{head} * params.key_list_head_stride);
-    }
-  }
-  EXPECT(batch_lists.size() == kinds.size());
-  EXPECT(*query_lists.rbegin() == query_lists.size() - 1);
-  EXPECT(*key_lists.rbegin() == key_lists.size() - 1);
-  return {query_lists.size(), key_lists.size()};
-}
-
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
-  std::set<std::uint32_t> slots;
+  std::map<std::uint32_t, std::uint64_t> words;
   for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
     const auto& [slot, offset] = plan.scratch[i];
     const std::uint64_t end =
         i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
-    EXPECT(slots.insert(slot).second);
     EXPECT(offset % 256 == 0 && offset < end);
-    std::uint64_t words;
-    if (slot == OPERAND_DELTA) {
-      words = std::uint64_t{params.queries} * params.query_heads * params.batch_count;
-    } else {
-      const std::uint64_t capacity =
-          slot == OPERAND_LISTS ? params.list_capacity : params.key_list_capacity;
-      const std::uint64_t headers = params.operand[slot].row_stride;  // in words
-      EXPECT(headers % 4 == 0 && headers > 0);
-      words = headers + headers / 4 * capacity;
+    EXPECT(words.emplace(slot, (end - offset) / 4).second);
+    EXPECT((end - offset) / 4 < kGuard);
+  }
+  for (const Dispatch& dispatch : plan.dispatches) {
+    if (StartsWith(dispatch.shader, "attend_backward_delta")) {
+      EXPECT(words[OPERAND_DELTA] >=
+             std::uint64_t{params.queries} * params.query_heads * params.batch_count);
     }
-    EXPECT(words < kGuard);
-    EXPECT(words * 4 <= end - offset);
+    if (!StartsWith(dispatch.shader, "work_lists")) continue;
+    const bool transposed = dispatch.specialization[11] != 0;
+    const std::uint64_t lists = CheckLists(problem, params, dispatch);
+    EXPECT(words[transposed ? OPERAND_KEY_LIST_HEADERS : OPERAND_LIST_HEADERS] >=
+           4 * lists * Tiles(problem, dispatch));
+    EXPECT(words[transposed ? OPERAND_KEY_LIST_ENTRIES : OPERAND_LIST_ENTRIES] >=
+           lists * (transposed ? params.key_list_capacity : params.list_capacity));
   }
   const bool backward = problem.pass == Pass::kBackward;
-  if (!backward || (problem.features & FEATURE_DQ)) EXPECT(slots.count(OPERAND_LISTS) == 1);
+  if (!backward || (problem.features & FEATURE_DQ)) EXPECT(words.count(OPERAND_LIST_ENTRIES) == 1);
   if (backward && (problem.features & (FEATURE_DK | FEATURE_DV))) {
-    EXPECT(slots.count(OPERAND_KEY_LISTS) == 1);
+    EXPECT(words.count(OPERAND_KEY_LIST_ENTRIES) == 1);
   }
 }
 
@@ -236,12 +250,6 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
                      const DispatchPlan& plan) {
   EXPECT(plan.dispatches.size() <= 6);
   int barriers = 0, kernels = 0;
-  Lists lists;
-  for (const Dispatch& dispatch : plan.dispatches) {
-    if (StartsWith(dispatch.shader, "work_lists")) {
-      lists = CheckLists(problem, plan.params, dispatch.specialization[5]);
-    }
-  }
   for (const Dispatch& dispatch : plan.dispatches) {
     const auto& constants = dispatch.specialization;
     EXPECT(constants.size() == 12);
@@ -249,7 +257,7 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);
     EXPECT(dispatch.groups[2] == 1);
-    const std::uint64_t needed = Workgroups(problem, dispatch, lists.query, lists.key);
+    const std::uint64_t needed = Workgroups(problem, plan.params, dispatch);
     EXPECT(x * y >= needed && x * (y - 1) < needed);
     const bool prepares = StartsWith(dispatch.shader, "work_lists") ||
                           StartsWith(dispatch.shader, "attend_backward_delta");
@@ -294,7 +302,8 @@ void CheckCapacity(const AttentionProblem& problem, const DispatchPlan& plan) {
       }
     }
     for (const auto& [tile, seen] : granules) {
-      EXPECT(seen.size() <= (transposed ? params.key_list_capacity : params.list_capacity));
+      const std::uint64_t capacity = transposed ? params.key_list_capacity : params.list_capacity;
+      EXPECT(seen.size() <= capacity / Tiles(problem, dispatch));
     }
   }
 }

@@ -1,0 +1,55 @@
+#include "attention/plan_shape.h"
+
+#include <bit>
+#include <stdexcept>
+#include <string>
+
+#include "attention/kernels.h"
+
+namespace jax_aat {
+namespace {
+
+// As in shaders/common/levels.glsl and key_list.glsl.
+constexpr std::uint32_t kGranuleRows = 16;
+constexpr std::uint32_t kLevelGranules = 16;  // of a word
+constexpr std::uint32_t kSuperTileRows = 1024;
+constexpr std::uint32_t kKeyTileRows = 128;
+constexpr std::uint32_t kMaxCoarseRows = (1u << 20) - 1;
+
+constexpr std::uint32_t DivideUp(std::uint32_t value, std::uint32_t divisor) {
+  return value / divisor + (value % divisor != 0);
+}
+
+}  // namespace
+
+void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t list_capacity,
+                  std::uint32_t key_list_capacity) {
+  if (query_tile < kGranuleRows || !std::has_single_bit(query_tile)) {
+    throw std::invalid_argument(
+        "a query tile of a plan must have a power of two of rows, at least 16; got " +
+        std::to_string(query_tile));
+  }
+  params.plan_positions = query_tile / TileHeads(params);
+  params.plan_tiles = DivideUp(params.queries, params.plan_positions);
+  params.coarse_rows = DivideUp(params.keys, kGranuleRows) + DivideUp(params.keys, kSuperTileRows);
+  if (params.coarse_rows > kMaxCoarseRows) {
+    throw std::invalid_argument("a plan serves up to 16 million keys; got " +
+                                std::to_string(params.keys) + ": split the sequence");
+  }
+  params.list_capacity = list_capacity;
+  params.key_list_capacity = key_list_capacity;
+}
+
+std::uint32_t LevelWords(const AttentionParams& params) {
+  return DivideUp(DivideUp(params.keys, kGranuleRows), kLevelGranules);
+}
+
+std::uint32_t KeyListTiles(const AttentionParams& params) {
+  return DivideUp(params.keys, kKeyTileRows) + DivideUp(params.coarse_rows, kKeyTileRows);
+}
+
+std::uint32_t PlanTileRows(const AttentionParams& params) {
+  return params.plan_positions * TileHeads(params);
+}
+
+}  // namespace jax_aat

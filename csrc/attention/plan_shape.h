@@ -1,0 +1,23 @@
+// The sizes of a plan, which follow from those of the call and the rows of its query tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace jax_aat {
+
+// Sets what `params` tells of a plan. Throws std::invalid_argument, in words for the user.
+void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t list_capacity,
+                  std::uint32_t key_list_capacity);
+
+// Words of the levels map of one query tile.
+std::uint32_t LevelWords(const AttentionParams& params);
+
+// Transposed lists of a key/value head: of tiles of keys, then of tiles of coarse rows.
+std::uint32_t KeyListTiles(const AttentionParams& params);
+
+// Rows of a query tile.
+std::uint32_t PlanTileRows(const AttentionParams& params);
+
+}  // namespace jax_aat
