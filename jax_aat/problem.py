@@ -50,6 +50,7 @@ class Slot(enum.IntEnum):
     DCOARSE_V = 27
     DLEVEL_BIAS = 28
     DSHARES = 29
+    ROW_COUNTS = 30
 
     @property
     def core_ndim(self) -> int:
@@ -79,7 +80,7 @@ _QUERY_LIKE = (Slot.Q, Slot.OUT, Slot.DQ, Slot.DOUT)
 _KEY_LIKE = (Slot.K, Slot.V, Slot.DK, Slot.DV)
 _ROW_LIKE = (Slot.LSE, Slot.DLSE)
 _COARSE_LIKE = (Slot.COARSE_K, Slot.COARSE_V, Slot.DCOARSE_K, Slot.DCOARSE_V)
-_SHARE_LIKE = (Slot.LEVEL_BIAS, Slot.SHARES, Slot.DLEVEL_BIAS, Slot.DSHARES)
+_SHARE_LIKE = (Slot.LEVEL_BIAS, Slot.SHARES, Slot.DLEVEL_BIAS, Slot.DSHARES, Slot.ROW_COUNTS)
 
 LISTS = (Slot.LEVELS, Slot.LIST_HEADERS, Slot.LIST_ENTRIES)
 """Operands with an axis along chunks of query heads."""

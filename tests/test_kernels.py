@@ -45,6 +45,7 @@ def call(direction, problem, operands=None, results=None):
         causal=np.int32(problem.causal),
         window_left=np.int32(problem.window[0]),
         window_right=np.int32(problem.window[1]),
+        query_tile=np.uint32(0),
     )
     outs = dict(zip(wanted, (np.asarray(x) for x in outs), strict=True))
     ran = vulkan.last_dispatch()

@@ -22,6 +22,7 @@ ATTRIBUTES = {
     "causal": np.int32(0),
     "window_left": np.int32(-1),
     "window_right": np.int32(-1),
+    "query_tile": np.uint32(0),
 }
 
 # What a failed call raises: the second comes from the C++ dispatch path of a jitted function that

@@ -28,10 +28,6 @@ def vulkan_call(
     Returns:
       The results, in the order of `results`.
     """
-    if Slot.LEVELS in operands:
-        raise NotImplementedError(
-            "adaptive attention is not yet served by Vulkan; pass implementation='xla'"
-        )
     batch = broadcast_batch(operands)
     shapes = [*(x.shape for x in operands.values()), *(t.shape for t in results.values())]
     axes = BatchAxes.merging(batch, shapes, MAX_BATCH_AXES)
@@ -49,6 +45,7 @@ def vulkan_call(
         causal=np.int32(options.causal),
         window_left=np.int32(options.window[0]),
         window_right=np.int32(options.window[1]),
+        query_tile=np.uint32(options.query_tile),
     )
     by_slot = dict(zip(wanted, values, strict=True))
     return [axes.restore(by_slot[slot], t.shape) for slot, t in results.items()]
