@@ -221,7 +221,7 @@ def call_forward(case, operands, *extra: Slot):
 
 @pytest.mark.parametrize("name", ["long_causal", "ragged", "chunks", "lengths", "window"])
 def test_rows_in_lists_are_the_rows_multiplied(rng, name):
-    """What is told from the lists about the work of a call is what a counter in the shader counts."""
+    """The work of a call as its lists tell it is what a counter in the shader counts."""
     case = Case(rng, **CASES[name])
     counts = call_forward(case, case.operands, Slot.ROW_COUNTS)[Slot.ROW_COUNTS]
     sizes = case.grid.granule_sizes

@@ -41,8 +41,8 @@ enum Constant {
 // Features that decide what is visible: all that work_lists.comp needs to know.
 constexpr std::uint32_t kVisibilityFeatures = FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS |
                                               FEATURE_KV_LENGTHS | FEATURE_SEGMENTS | FEATURE_MASK;
-constexpr std::uint32_t kScoreFeatures = kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP |
-                                         FEATURE_PLAN | FEATURE_LEVEL_BIAS;
+constexpr std::uint32_t kScoreFeatures =
+    kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
 
 constexpr std::uint64_t DivideUp(std::uint64_t value, std::uint64_t divisor) {
   return (value + divisor - 1) / divisor;
@@ -143,8 +143,8 @@ class Planner {
                 KeyTiles(dkv_shape, params_.keys), products * pairs_ * params_.head_dim);
     }
     if (wants_coarse_rows) {
-      AddKernel(dkv_shape, kScoreFeatures | cotangents,
-                KeyTiles(dkv_shape, params_.coarse_rows), 0);
+      AddKernel(dkv_shape, kScoreFeatures | cotangents, KeyTiles(dkv_shape, params_.coarse_rows),
+                0);
       std::uint32_t& features = plan_.dispatches.back().specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;
       if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
@@ -223,7 +223,8 @@ class Planner {
     const std::uint64_t heads = !heads_differ_ ? 1
                                 : transposed   ? params_.kv_heads
                                                : params_.query_heads / tile_heads;
-    const std::uint64_t tiles = transposed ? DivideUp(params_.keys, shape.tile_rows) : QueryTileCount(shape);
+    const std::uint64_t tiles =
+        transposed ? DivideUp(params_.keys, shape.tile_rows) : QueryTileCount(shape);
     const std::uint64_t rows = transposed ? params_.queries : params_.keys;
     const std::uint64_t granule_rows = transposed ? kGranuleRows / tile_heads : kGranuleRows;
     const std::uint64_t tile_span = transposed ? shape.tile_rows : shape.tile_rows / tile_heads;
@@ -375,9 +376,9 @@ class Planner {
 
 bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements) {
   std::uint32_t extents = params.head_dim;
-  for (const int slot : {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK,
-                         OPERAND_DV, OPERAND_DOUT, OPERAND_COARSE_K, OPERAND_COARSE_V,
-                         OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
+  for (const int slot :
+       {OPERAND_Q, OPERAND_K, OPERAND_V, OPERAND_OUT, OPERAND_DQ, OPERAND_DK, OPERAND_DV,
+        OPERAND_DOUT, OPERAND_COARSE_K, OPERAND_COARSE_V, OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
     const OperandLayout& layout = params.operand[slot];
     extents |= layout.row_stride | layout.head_stride;
     for (const std::uint32_t stride : layout.batch_stride) extents |= stride;

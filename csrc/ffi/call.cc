@@ -31,10 +31,10 @@ struct PassSlots {
 };
 
 // What a plan brings: all of it, or none.
-constexpr std::uint32_t kPlan =
-    Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) | Bit(OPERAND_LEVELS) |
-    Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) | Bit(OPERAND_KEY_LIST_HEADERS) |
-    Bit(OPERAND_KEY_LIST_ENTRIES);
+constexpr std::uint32_t kPlan = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) |
+                                Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) |
+                                Bit(OPERAND_LIST_ENTRIES) | Bit(OPERAND_KEY_LIST_HEADERS) |
+                                Bit(OPERAND_KEY_LIST_ENTRIES);
 
 // `planned`: the call has a plan.
 PassSlots SlotsOf(Pass pass, bool planned) {
@@ -46,8 +46,7 @@ PassSlots SlotsOf(Pass pass, bool planned) {
   const std::uint32_t inputs = kQkv | (planned ? kPlan : 0);
   const std::uint32_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | Bit(OPERAND_Q_LENGTHS) |
                                 Bit(OPERAND_KV_LENGTHS) | Bit(OPERAND_Q_SEGMENTS) |
-                                Bit(OPERAND_KV_SEGMENTS) |
-                                (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
+                                Bit(OPERAND_KV_SEGMENTS) | (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
   const std::uint32_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);
   const std::uint32_t derivatives = Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) |
                                     Bit(OPERAND_DBIAS) | (planned ? kPlanDerivatives : 0);
