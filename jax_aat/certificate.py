@@ -176,7 +176,8 @@ def certified_bound(
     magnitude = jnp.linalg.norm(o, axis=-1) + jnp.linalg.norm(o_exact, axis=-1)
     largest = jnp.linalg.norm(groups.value_mean, axis=-1) + groups.value_radius
     magnitude += jnp.where(inexact, largest[..., None, :], 0).max(-1, initial=0)
-    return jnp.minimum(scattered, enclosed) + _slack(dtype) * magnitude
+    bound: jax.Array = jnp.minimum(scattered, enclosed) + _slack(dtype) * magnitude
+    return bound
 
 
 def _mass_interval(

@@ -25,7 +25,7 @@ from jax_aat.problem import (
 )
 
 # Products of float32 need more than a TPU's or GPU's default; those of 16-bit floats do not.
-_PRECISION = {
+PRECISION = {
     jnp.dtype(jnp.bfloat16): lax.Precision.DEFAULT,
     jnp.dtype(jnp.float16): lax.Precision.HIGH,
 }
@@ -214,7 +214,7 @@ class TiledCall(abc.ABC):
             f"...{a},...{b}->...{output}",
             left,
             right,
-            precision=_PRECISION.get(self.operands[Slot.Q].dtype, lax.Precision.HIGHEST),
+            precision=PRECISION.get(self.operands[Slot.Q].dtype, lax.Precision.HIGHEST),
         )
 
     def filled(self, shape: tuple[int, ...], value: float) -> jax.Array:

@@ -1,0 +1,282 @@
+"""The audit of a call: exact attention for a few random rows, and what follows of all of them.
+
+One row of every stretch of 1 / `audit_rate` queries is drawn for each batch entry, the same for all
+heads. What is estimated and how its interval is made stands in `docs/adaptation.md`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_aat.levels import EXACT, GRANULE, Grid, unpack_levels
+from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
+from jax_aat.tiles import PRECISION
+
+LOGITS_AT_ONCE = 2**24
+"""Logits that the audit holds at a time."""
+
+_DEGREES = (0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 30, 60, np.inf)
+_STUDENT = (
+    *(164.5577, 67.8444, 28.7464, 12.7062, 8.028, 6.0167, 4.3027, 3.5747, 3.1824),
+    *(2.7764, 2.5706, 2.3646, 2.2281, 2.1314, 2.0423, 2.0003, 1.96),
+)
+"""97.5% quantiles of Student's t distribution with `_DEGREES` degrees of freedom."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "error", "error_squares", "largest_error", "norm", "held", "best"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What audited rows say, by head; every attribute [..., N] float32.
+
+    Attributes:
+      rows: Number of audited rows.
+      error: Estimated sum over all rows of ||out - exact out||^2.
+      error_squares: Sum of the squares of what each audited row adds to `error`.
+      largest_error: The most that an audited row adds to `error`.
+      norm: Estimated sum over all rows of ||exact out||^2.
+      held: Attention mass of the granules at level 0, summed over the audited rows.
+      best: The same of the best sets of granules of the same sizes.
+    """
+
+    rows: jax.Array
+    error: jax.Array
+    error_squares: jax.Array
+    largest_error: jax.Array
+    norm: jax.Array
+    held: jax.Array
+    best: jax.Array
+
+    @classmethod
+    def empty(cls, heads: int) -> "Audit":
+        """No row was audited yet."""
+        return cls(*[jnp.zeros(heads, jnp.float32)] * 7)
+
+    @property
+    def relative_error(self) -> jax.Array:
+        """Estimate of ||out - exact out|| / ||exact out|| over all rows, [..., N]."""
+        return jnp.sqrt(_ratio(self.error, self.norm, 0.0))
+
+    @property
+    def interval(self) -> jax.Array:
+        """95% confidence interval of the relative error, [..., N, 2]."""
+        n, total = self.rows, self.error
+        variance = (self.error_squares - _ratio(total**2, n, 0.0)) * _ratio(n, n - 1, 0.0)
+        # A few rows may hold most of the error: two more like the largest may have been missed, and
+        # no more rows say something about the rest than those that add a like part.
+        deviation = jnp.sqrt(jnp.maximum(variance, 0) + 2 * self.largest_error**2)
+        even = _ratio(total**2, self.error_squares, n)
+        degrees = jnp.clip(jnp.minimum(even / 2 - 1, n - 1), 0.5)
+        student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))
+        width = jnp.minimum(student * _ratio(deviation, total, 0.0), 80) / 2
+        factors = jnp.exp(jnp.stack([-width, width], -1))
+        return self.relative_error[..., None] * factors
+
+    @property
+    def information_flow_quality(self) -> jax.Array:
+        """IFQ: 1 - ||out - exact out||^2 / ||exact out||^2, [..., N]."""
+        return 1 - _ratio(self.error, self.norm, 0.0)
+
+    @property
+    def adaptation_efficiency(self) -> jax.Array:
+        """AE: mass held at level 0 over that of the best set of the same size, [..., N]."""
+        return _ratio(self.held, self.best, 1.0)
+
+    def all_heads(self) -> "Audit":
+        """The audit of all heads as one, [..., 1]."""
+        total: Audit = jax.tree.map(lambda x: x.sum(-1, keepdims=True), self)
+        # Heads share their rows; by Minkowski's inequality this is the most that the squares of
+        # what a row adds for all heads can sum to.
+        squares = jnp.sqrt(self.error_squares).sum(-1, keepdims=True) ** 2
+        rows = self.rows.max(-1, keepdims=True)
+        return dataclasses.replace(total, rows=rows, error_squares=squares)
+
+    def blended(self, new: "Audit", weight: Any) -> "Audit":
+        """Moving average: `weight` of `new`, the rest of this."""
+        blend: Audit = jax.tree.map(lambda a, b: a + weight * (b - a), self, new)
+        return blend
+
+
+_STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
+
+
+def choose_rows(
+    seed: jax.Array, step: jax.Array, batch: int, queries: int, rate: float
+) -> tuple[jax.Array, np.ndarray[Any, Any]]:
+    """Draws the rows to audit: one of every stretch of 1 / `rate`, by counter.
+
+    Returns:
+      Positions [batch, R] int32 in ascending order, and how many rows each stands for, [R].
+    """
+    stretch = max(1, round(1 / rate))
+    starts = np.arange(0, queries, stretch)
+    lengths = np.minimum(stretch, queries - starts)
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    draws = jax.random.randint(
+        key, (batch, len(starts)), 0, np.broadcast_to(lengths, (batch, len(starts)))
+    )
+    return draws + jnp.asarray(starts, draws.dtype), lengths
+
+
+def audit(
+    operands: Operands,
+    options: Options,
+    out: jax.Array,
+    levels: jax.Array,
+    grid: Grid,
+    positions: jax.Array,
+    weights: Any,
+) -> Audit:
+    """Compares rows of a call with exact attention; no gradient flows through it.
+
+    Args:
+      operands: Those of the call, with one batch axis.
+      options: Those of the call.
+      out: What the call returns, [B, T, N, H].
+      levels: Levels of granules, [B or 1, L, I, W] uint32.
+      grid: How the plan cuts the call.
+      positions: Which rows, [B, R] int32.
+      weights: How many rows each stands for, [R].
+    """
+    batch, heads = out.shape[0], grid.heads
+    operands = {s: x for s, x in operands.items() if s in _INPUTS} | {Slot.OUT: out}
+    operands, levels = lax.stop_gradient((operands, levels))
+    names = (*operands, None)
+    # What all batch entries share is not copied.
+    axes = [None if x.shape[0] == 1 < batch else 0 for x in (*operands.values(), levels)]
+    values = [
+        x[0] if axis is None else x
+        for x, axis in zip((*operands.values(), levels), axes, strict=True)
+    ]
+
+    def entry(positions: jax.Array, *values: jax.Array) -> dict[str, jax.Array]:
+        named: Any = dict(zip(names, values, strict=True))
+        return _compare(named, options, named.pop(None), grid, positions)
+
+    def chunk(positions: jax.Array) -> dict[str, jax.Array]:
+        return jax.vmap(entry, in_axes=(0, *axes))(positions, *values)
+
+    count = positions.shape[1]
+    size = max(1, min(count, LOGITS_AT_ONCE // max(1, batch * heads * grid.keys)))
+    chunks = -(-count // size)
+    padded = jnp.pad(positions, [(0, 0), (0, chunks * size - count)])
+    by_chunk = lax.map(chunk, jnp.moveaxis(padded.reshape(batch, chunks, size), 1, 0))
+    # [chunks, B, size, N] to [B, R, N].
+    compared = {
+        name: jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size, heads)[:, :count]
+        for name, x in by_chunk.items()
+    }
+    weight = jnp.asarray(weights, jnp.float32)[:, None]
+    error = weight * compared["error"]
+    norms = (operands[Slot.OUT].astype(jnp.float32) ** 2).sum((0, 1, 3))
+    # The norm of what was computed is known of all rows: only how it differs is estimated.
+    norm = norms + (weight * (compared["exact_norm"] - compared["norm"])).sum((0, 1))
+    return Audit(
+        rows=jnp.full(heads, batch * count, jnp.float32),
+        error=error.sum((0, 1)),
+        error_squares=(error**2).sum((0, 1)),
+        largest_error=error.max((0, 1), initial=0),
+        norm=jnp.maximum(norm, _LEAST_NORM * norms),
+        held=compared["held"].sum((0, 1)),
+        best=compared["best"].sum((0, 1)),
+    )
+
+
+_INPUTS = (*(Slot(i) for i in range(9)),)
+_LEAST_NORM = 0.1
+"""Estimates of the norm do not fall below this part of the norm of what was computed."""
+
+
+def _compare(
+    operands: dict[Slot, jax.Array],
+    options: Options,
+    levels: jax.Array,
+    grid: Grid,
+    positions: jax.Array,
+) -> dict[str, jax.Array]:
+    """What one batch entry's rows at `positions` [R] tell, each [R, N]."""
+    weights, seen = _softmax_rows(operands, options, grid, positions)
+    precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
+    v = operands[Slot.V].astype(weights.dtype)
+    grouped = weights.reshape(grid.kv_heads, -1, *weights.shape[1:])
+    exact = jnp.einsum("kgrs,skh->rkgh", grouped, v, precision=precision)
+    exact = exact.reshape(-1, grid.heads, exact.shape[-1])
+    out = operands[Slot.OUT][positions].astype(weights.dtype)
+
+    mass, seen = (_by_granule(x, grid.granules) for x in (weights, seen))
+    mass, seen = mass.sum(-1), seen.any(-1)
+    level = unpack_levels(levels[:, positions // grid.positions], grid.granules)
+    fine = jnp.repeat(level == EXACT, grid.tile_heads, axis=0) & seen
+    ordered = -jnp.sort(-mass, axis=-1)
+    chosen = jnp.arange(grid.granules) < fine.sum(-1, keepdims=True)
+    by_row = {
+        "held": jnp.where(fine, mass, 0).sum(-1).T,
+        "best": jnp.where(chosen, ordered, 0).sum(-1).T,
+        "error": ((out - exact) ** 2).sum(-1),
+        "exact_norm": (exact**2).sum(-1),
+        "norm": (out**2).sum(-1),
+    }
+    return {name: x.astype(jnp.float32) for name, x in by_row.items()}
+
+
+def _softmax_rows(
+    operands: dict[Slot, jax.Array], options: Options, grid: Grid, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Exact probabilities of rows [N, R, S], and which keys they see, broadcasts to these."""
+    dtype = accumulation_dtype(operands[Slot.Q].dtype)
+    precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
+    q, k = (operands[slot].astype(dtype) for slot in (Slot.Q, Slot.K))
+    q = q[positions].reshape(len(positions), grid.kv_heads, -1, q.shape[-1])
+    logits = jnp.einsum("rkgh,skh->kgrs", q, k, precision=precision) * options.scale
+    logits = logits.reshape(grid.heads, *logits.shape[2:])
+    if options.soft_cap:
+        logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+    if Slot.BIAS in operands:
+        logits += _rows(operands[Slot.BIAS], positions).astype(dtype)
+
+    t, s = positions[:, None], jnp.arange(grid.keys)
+    left, right = options.window
+    visible = jnp.ones((1, len(positions), grid.keys), bool)
+    if options.causal:
+        visible &= s <= t
+    if left >= 0:
+        visible &= s >= t - left
+    if right >= 0:
+        visible &= s <= t + right
+    if Slot.Q_LENGTHS in operands:
+        visible &= t < operands[Slot.Q_LENGTHS]
+    if Slot.KV_LENGTHS in operands:
+        visible &= s < operands[Slot.KV_LENGTHS]
+    if Slot.Q_SEGMENTS in operands:
+        visible &= operands[Slot.Q_SEGMENTS][positions][:, None] == operands[Slot.KV_SEGMENTS]
+    if Slot.MASK in operands:
+        visible &= _rows(operands[Slot.MASK], positions)
+    logits = jnp.where(visible, logits, -jnp.inf)
+    largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
+    weights = jnp.exp(logits - jnp.where(largest == -jnp.inf, 0, largest))
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30), visible
+
+
+def _rows(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rows of [N or 1, T or 1, S or 1]."""
+    return x if x.shape[-2] == 1 else x[:, positions]
+
+
+def _by_granule(x: jax.Array, granules: int) -> jax.Array:
+    """Splits the last axis into [granules, 16], padded with 0."""
+    missing = granules * GRANULE - x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    return padded.reshape(*x.shape[:-1], granules, GRANULE)
+
+
+def _ratio(x: Any, y: Any, otherwise: Any) -> jax.Array:
+    """The quotient, and `otherwise` where y is 0."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), otherwise)
