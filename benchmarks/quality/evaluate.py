@@ -105,7 +105,7 @@ class Evaluator:
 
     @cache  # noqa: B019, one evaluator a run
     def compiled(self, length: int, name: str, fidelity: bool) -> Callable[..., Any]:
-        """Compiles (parameters of the model, window [T + 1], those of the contender) -> results."""
+        """Compiles (parameters, window [T + 1], the contender's) -> losses [T], besides."""
         run = beside_exact if fidelity else in_place
         attention = partial(run, CONTENDERS[name])
 
@@ -116,7 +116,7 @@ class Evaluator:
                 return out[None], besides
 
             loss, besides = losses(self.shape, default_dtype(), layer, params, window[None])
-            return loss.mean(), besides
+            return loss[0], besides
 
         window = jax.ShapeDtypeStruct((length + 1,), jnp.uint8)
         example = CONTENDERS[name].parameters(self.sizes(length), 0.5)
@@ -140,6 +140,7 @@ class Evaluator:
             parameters, began = self.parameters(job, index), time.monotonic()
             windows = self.text[: job.texts, : job.length + 1]
             results = [evaluate(self.params[index], window, parameters) for window in windows]
+            results = [(loss.mean(), besides) for loss, besides in results]
             loss, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
             row = {"seed": seed, **vars(job), "losses": loss.tolist()}
             row |= {name: x.mean(0).tolist() for name, x in besides.items()}

@@ -14,6 +14,8 @@ import numpy as np
 from model import Shape
 
 _SHARD_BYTES = 14_000_000
+_FACTS = "facts"
+"""Entry of the first shard: JSON of what is known of the model."""
 
 
 def save_weights(folder: Path, seed: int, params: Any, shape: Shape, facts: dict[str, Any]) -> None:
@@ -28,10 +30,9 @@ def save_weights(folder: Path, seed: int, params: Any, shape: Shape, facts: dict
         if (shard := next(fits, None)) is None:
             shards.append(shard := {})
         shard[name] = array
+    shards[0][_FACTS] = np.array(json.dumps({"shape": asdict(shape), "seed": seed, **facts}))
     for index, shard in enumerate(shards):
         np.savez(folder / f"weights-{seed}-{index}of{len(shards)}.npz", **shard)
-    described = {"shape": asdict(shape), "seed": seed, **facts}
-    (folder / f"model-{seed}.json").write_text(json.dumps(described, indent=1) + "\n")
 
 
 def load_weights(folder: Path, seed: int) -> tuple[Any, Shape]:
@@ -46,8 +47,10 @@ def load_weights(folder: Path, seed: int) -> tuple[Any, Shape]:
     flat: dict[str, jax.Array] = {}
     for file in files:
         with np.load(file) as shard:
-            flat |= {name: jnp.asarray(shard[name], jnp.float32) for name in shard.files}
-    facts = json.loads((folder / f"model-{seed}.json").read_text())
+            if _FACTS in shard:
+                facts = json.loads(str(shard[_FACTS]))
+            names = [name for name in shard.files if name != _FACTS]
+            flat |= {name: jnp.asarray(shard[name], jnp.float32) for name in names}
     return trees.unflatten_dict(flat, sep="/"), Shape(**facts["shape"])
 
 
