@@ -109,7 +109,9 @@ def by_budget(
     query: Array, key: Array, value: Array, fraction: Array, *, routing: Routing
 ) -> Selection:
     """One lambda for all heads and tiles of a layer, so that it spends a fraction."""
-    prediction = predict(_scaled(query), key, value, fraction, routing)
+    prediction = predict(
+        *map(jax.lax.stop_gradient, (_scaled(query), key, value)), fraction, routing
+    )
     length, heads, head_dim = query.shape
     allowed = fraction * dense_operations(heads, length, head_dim)
     levels = choose_levels(prediction, lambda_of_budget(prediction, allowed, query.shape))
@@ -119,7 +121,9 @@ def by_budget(
 def by_threshold(query: Array, key: Array, value: Array, parameters: Any) -> Selection:
     """A lambda given from outside, the same in every layer: layers that need more spend more."""
     fraction, log_lambda = parameters
-    prediction = predict(_scaled(query), key, value, fraction, Routing())
+    prediction = predict(
+        *map(jax.lax.stop_gradient, (_scaled(query), key, value)), fraction, Routing()
+    )
     levels = choose_levels(prediction, log_lambda)
     return of_levels(query, key, value, levels, prediction.operations)
 

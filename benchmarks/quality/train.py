@@ -121,6 +121,16 @@ def learning_rate_at(progress: float, largest: float) -> float:
     return largest * min(progress / 0.03, 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0)))
 
 
+def random_windows(
+    corpus: Corpus, args: argparse.Namespace, context: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Text of one step, [windows, context + 1], with needles in some windows."""
+    starts = generator.integers(len(corpus.train) - context, size=args.step_bytes // context)
+    windows = corpus.train[starts[:, None] + np.arange(context + 1)]
+    hide(windows, args.needles, 4, generator)
+    return windows
+
+
 def train(
     args: argparse.Namespace, steps: list[Step], corpus: Corpus, seed: int, deadline: float
 ) -> tuple[dict[str, Any], list[float]]:
@@ -134,9 +144,7 @@ def train(
         progress = max((now - began) / (deadline - began), len(history) / args.most_steps)
         phase = min(int(np.searchsorted(ends, progress)), len(steps) - 1)
         context = args.contexts[phase]
-        starts = generator.integers(len(corpus.train) - context, size=args.step_bytes // context)
-        windows = corpus.train[starts[:, None] + np.arange(context + 1)]
-        hide(windows, args.needles, 4, generator)
+        windows = random_windows(corpus, args, context, generator)
         rate = np.float32(learning_rate_at(progress, args.learning_rate))
         state, loss = steps[phase](state, windows, rate)
         history.append(loss)
