@@ -114,13 +114,14 @@ def _attend_chunk(
     """One chunk of queries; returns its output [chunk, N, H] and the rows that it had to read."""
     length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    groups = (kv_heads, heads // kv_heads)
     rows = partial(_rows_of, start=index * chunk, count=chunk, length=length)
-    grouped = rows(query, axis=0).reshape(chunk, *groups, head_dim)
+    # Rows of all heads that share keys lie together: one product a key/value head.
+    shared = rows(query, axis=0).reshape(chunk, kv_heads, -1, head_dim)
+    shared = shared.transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
 
     def product(rows_of_keys: jax.Array) -> jax.Array:
         logits = jnp.einsum(
-            "tkgh,skh->kgts", grouped, rows_of_keys, preferred_element_type=jnp.float32
+            "krh,skh->krs", shared, rows_of_keys, preferred_element_type=jnp.float32
         )
         return logits.reshape(heads, chunk, -1) / math.sqrt(head_dim)
 
@@ -153,14 +154,14 @@ def _attend_chunk(
     total = sum(masses)
     parts = [
         jnp.einsum(
-            "kgts,skh->tkgh",
-            weight.astype(value.dtype).reshape(*groups, chunk, -1),
+            "krs,skh->krh",
+            weight.astype(value.dtype).reshape(kv_heads, -1, weight.shape[-1]),
             of.astype(value.dtype),
             preferred_element_type=jnp.float32,
         )
         for weight, of in zip(weights, values, strict=True)
     ]
-    out = sum(parts).reshape(chunk, heads, head_dim) / total.T[..., None]
+    out = sum(parts).reshape(heads, chunk, head_dim).swapaxes(0, 1) / total.T[..., None]
     if selection.tilt is not None:
         shares = jnp.stack([(mass / total).T for mass in masses[1:]], axis=-1)
         out += jnp.einsum("tnc,tnch->tnh", shares, rows(selection.tilt, axis=0))
