@@ -90,18 +90,18 @@ class Audit:
         """AE: mass held at level 0 over that of the best set of the same size, [..., N]."""
         return _ratio(self.held, self.best, 1.0)
 
-    def all_heads(self) -> "Audit":
-        """The audit of all heads as one, [..., 1]."""
-        total: Audit = jax.tree.map(lambda x: x.sum(-1, keepdims=True), self)
+    def joined(self, heads: int) -> "Audit":
+        """The audit of every `heads` consecutive heads as one, [..., N / heads]."""
+        parts: Audit = jax.tree.map(lambda x: x.reshape(*x.shape[:-1], -1, heads), self)
+        total: Audit = jax.tree.map(lambda x: x.sum(-1), parts)
         # Heads share their rows; by Minkowski's inequality this is the most that the squares of
         # what a row adds for all heads can sum to.
-        squares = jnp.sqrt(self.error_squares).sum(-1, keepdims=True) ** 2
-        rows = self.rows.max(-1, keepdims=True)
-        return dataclasses.replace(total, rows=rows, error_squares=squares)
+        squares = jnp.sqrt(parts.error_squares).sum(-1) ** 2
+        return dataclasses.replace(total, rows=parts.rows.max(-1), error_squares=squares)
 
     def blended(self, new: "Audit", weight: Any) -> "Audit":
-        """Moving average: `weight` of `new`, the rest of this."""
-        blend: Audit = jax.tree.map(lambda a, b: a + weight * (b - a), self, new)
+        """Moving average: `weight` of `new`, broadcasts to [..., N], the rest of this."""
+        blend: Audit = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, self, new)
         return blend
 
 

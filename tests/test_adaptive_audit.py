@@ -156,13 +156,13 @@ def test_interval_covers_the_truth(rng):
     assert min(covered) >= 0.95, covered
 
 
-def test_interval_of_all_heads_is_no_narrower_than_of_one(rng):
+def test_heads_are_judged_together(rng):
     operands, options, dense = problem(rng)
     exact = oracle.Attention(dense).out
     out = jnp.asarray(exact + 0.1 * rng.normal(size=exact.shape), jnp.float32)
     levels = pack_levels(jnp.zeros((1, GRID.lists, GRID.tiles, GRID.granules), int))
     found = audit.audit(operands, options, out, levels, GRID, *audit.choose_rows(0, 0, B, T, 1 / 4))
-    together = found.all_heads()
+    together = found.joined(N)
     true = np.linalg.norm(out - exact) / np.linalg.norm(exact)
     low, high = together.interval[0]
     assert low < together.relative_error[0] < high

@@ -1,0 +1,172 @@
+"""`ResolutionState`: what adaptive attention remembers from call to call.
+
+It holds lambda, the price of a row, for every list (the query heads that share a tile), the levels
+of the last call and a moving average of its audits. With a tolerance the audits steer lambda:
+
+    d log(lambda) / dt = eta log(tolerance / audited error)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_aat.audit import Audit
+from jax_aat.levels import EXACT, HIDDEN, MEAN, Grid, unpack_levels
+
+LEAST, MOST = 1e-12, 10.0
+"""Lambda is kept between these: nearly everything is exact at one, nothing that may not at the
+other."""
+GAIN = 0.3
+"""eta, once the controller has settled."""
+FIRST_GAIN_DOWN, FIRST_GAIN_UP = 12.0, 2.0
+"""eta in the first step; in step n it is an n-th of that, and not below `GAIN`. An error that is
+too large is to go at once, one that is too small may take its time."""
+LARGEST_RATIO = 4.0
+"""Bound of |log(tolerance / audited error)|."""
+MEMORY = 0.3
+"""Weight of a new audit in the moving average."""
+REST = 50
+"""Calls for which a list stays exact once it has turned out that it cannot save anything."""
+MARGIN = 1.2
+"""A level changes only where it would at a price this much less or more as well."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["log_lambda", "rest", "levels", "audit", "step", "seed"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class ResolutionState:
+    """A pytree of arrays, to be carried through steps, layers, scans and checkpoints.
+
+    L lists are N query heads in chunks that share their tiles, so their lambda.
+
+    Attributes:
+      log_lambda: [L] float32, natural logarithm.
+      rest: [L] int32: calls for which the list is still exact, because it could save nothing.
+      levels: [B, L, I, W] uint32, those of the last call; all hidden before the first.
+      audit: Moving average of the audits, by head.
+      step: Calls so far, int32; with `seed` it decides which rows are audited.
+      seed: uint32.
+    """
+
+    log_lambda: jax.Array
+    rest: jax.Array
+    levels: jax.Array
+    audit: Audit
+    step: jax.Array
+    seed: jax.Array
+
+    @classmethod
+    def of_grid(
+        cls, grid: Grid, batch: int, threshold: float = 1e-4, seed: int = 0
+    ) -> "ResolutionState":
+        """The state before the first call.
+
+        Args:
+          grid: How the call is cut.
+          batch: B.
+          threshold: Lambda to start from.
+          seed: Of the audits.
+        """
+        return cls(
+            log_lambda=jnp.full(grid.lists, jnp.log(threshold), jnp.float32),
+            rest=jnp.zeros(grid.lists, jnp.int32),
+            levels=jnp.full(
+                (batch, grid.lists, grid.tiles, grid.words), 0xFFFFFFFF, dtype=jnp.uint32
+            ),
+            audit=Audit.empty(grid.heads),
+            step=jnp.int32(0),
+            seed=jnp.uint32(seed),
+        )
+
+    @property
+    def log_price(self) -> jax.Array:
+        """Logarithm of lambda as the next call uses it, [L]; -inf where it is to be exact."""
+        return jnp.where(self.rest > 0, -jnp.inf, self.log_lambda)
+
+    def after(
+        self,
+        levels: jax.Array,
+        audit: Audit | None,
+        spent: jax.Array | None = None,
+        tolerance: float | None = None,
+    ) -> "ResolutionState":
+        """The state after a call.
+
+        Args:
+          levels: Levels of the call.
+          audit: What its audit found; None: it had none.
+          spent: With a tolerance, FLOPs of each list, planning included, over those of exact
+            attention, [L].
+          tolerance: Relative error to keep; None: lambda stays.
+        """
+        state = dataclasses.replace(self, levels=levels, step=self.step + 1)
+        if audit is None:
+            return state
+        lists, heads = self.log_lambda.shape[-1], audit.rows.shape[-1]
+        found, average = audit.joined(heads // lists), self.audit.joined(heads // lists)
+        # An average that contradicts the audit says how things were.
+        low, high = jnp.moveaxis(found.interval, -1, 0)
+        past = average.relative_error
+        stale = (average.rows == 0) | (past < low) | (past > high)
+        weight = jnp.repeat(jnp.where(stale, 1.0, MEMORY), heads // lists, axis=-1)
+        average = self.audit.blended(audit, weight)
+        state = dataclasses.replace(state, audit=average)
+        if tolerance is None or spent is None:
+            return state
+        return state._steered(average.joined(heads // lists), spent, tolerance)
+
+    def _steered(self, audit: Audit, spent: jax.Array, tolerance: float) -> "ResolutionState":
+        error = jnp.maximum(audit.relative_error, jnp.finfo(jnp.float32).tiny)
+        ratio = jnp.clip(jnp.log(tolerance / error), -LARGEST_RATIO, LARGEST_RATIO)
+        first = jnp.where(ratio < 0, FIRST_GAIN_DOWN, FIRST_GAIN_UP)
+        gain = jnp.maximum(GAIN, first / self.step.astype(jnp.float32))
+        moved = jnp.clip(self.log_lambda + gain * ratio, jnp.log(LEAST), jnp.log(MOST))
+        known = (audit.norm > 0) & (self.rest == 0)
+        # Dense attention costs less than this list does though it uses what is tolerated.
+        futile = known & (spent >= 1) & (ratio < jnp.log(2.0))
+        rest = jnp.where(futile, REST, jnp.maximum(self.rest - 1, 0))
+        log_lambda = jnp.where(known, moved, self.log_lambda)
+        return dataclasses.replace(self, log_lambda=log_lambda, rest=rest)
+
+
+def settled(
+    finer: jax.Array, level: jax.Array, coarser: jax.Array, previous: jax.Array
+) -> jax.Array:
+    """Levels with hysteresis.
+
+    Args:
+      finer: Levels [...] at a price `MARGIN` times less.
+      level: Levels at the price.
+      coarser: Levels at a price `MARGIN` times more.
+      previous: Levels of the last call; what was hidden has no say.
+    """
+    kept = jnp.clip(previous, jnp.minimum(finer, coarser), jnp.maximum(finer, coarser))
+    return jnp.where(previous == HIDDEN, level, kept)
+
+
+def resolution_change(levels: jax.Array, previous: jax.Array, granules: int) -> jax.Array:
+    """dR/dt: mean absolute change of log2 rows a granule, over what both calls see, [..., L].
+
+    A granule has 16 rows at level 0, one at level 1, and at level 2 a 64th of the row of its
+    super-tile.
+
+    Args:
+      levels: [B, L, I, W] uint32 of a call.
+      previous: Those of the call before.
+      granules: Number of granules along the keys.
+    """
+    new, old = unpack_levels(levels, granules), unpack_levels(previous, granules)
+    both = (new != HIDDEN) & (old != HIDDEN)
+
+    def log_rows(level: jax.Array) -> Any:
+        return jnp.where(level == EXACT, 4.0, jnp.where(level == MEAN, 0.0, -6.0))
+
+    change = jnp.where(both, jnp.abs(log_rows(new) - log_rows(old)), 0)
+    count = both.sum((0, -2, -1))
+    return change.sum((0, -2, -1)) / jnp.maximum(count, 1)

@@ -1,0 +1,112 @@
+"""`ResolutionState`: the controller on a stand-in for attention, hysteresis, dR/dt."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_aat.audit import Audit
+from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels
+from jax_aat.state import REST, ResolutionState, resolution_change, settled
+
+GRID = Grid(1024, 1024, 4, 2, 128)  # two lists of two heads
+ROWS, STEPS = 16, 200
+
+
+def audit_of(error: jax.Array, shares: jax.Array) -> Audit:
+    """The audit of rows with [rows, N] shares of a squared error of each list."""
+    y = jnp.repeat(error, 2) ** 2 * shares / ROWS
+    ones = jnp.ones(4)
+    return Audit(ROWS * ones, y.sum(0), (y**2).sum(0), y.max(0), ones, ones, ones)
+
+
+@functools.partial(jax.jit, static_argnames=("tolerance", "power"))
+def drift(state, shares, sizes, tolerance, power):
+    """True errors [steps, L] of lists whose error grows as a power of lambda, and drifts."""
+
+    def step(state, now):
+        shares, time = now
+        size = jnp.exp(sizes + jnp.sin(time / 30) / 2 + power * state.log_price)
+        error = 0.8 * size / jnp.sqrt(1 + size**2) + 1e-7
+        return state.after(
+            state.levels, audit_of(error, shares), jnp.full(2, 0.5), tolerance
+        ), error
+
+    return jax.lax.scan(step, state, (shares, jnp.arange(float(STEPS))))[1]
+
+
+@pytest.mark.parametrize("tolerance", [0.03, 0.1])
+@pytest.mark.parametrize("power", [0.4, 0.8])
+@pytest.mark.parametrize("start", [1e-12, 1e-6, 1e-3, 1.0, 1e6])
+def test_keeps_a_tolerance_from_any_lambda(start, power, tolerance, rng):
+    state = ResolutionState.of_grid(GRID, 1, start)
+    shares = jnp.asarray(rng.lognormal(-0.5, 1, (STEPS, ROWS, 4)), jnp.float32)
+    sizes = jnp.asarray(rng.uniform(-2, 4, 2), jnp.float32)
+    error = np.asarray(drift(state, shares, sizes, tolerance, power))
+    assert (error.mean(0) < 1.3 * tolerance).all()
+    assert (error.mean(0) > tolerance / 1.3).all()
+    assert (error[50:] < 3 * tolerance).all()
+
+
+def test_falls_back_to_exact_where_nothing_can_be_saved():
+    """Both lists keep the tolerance, but the second spends more than dense attention for it."""
+    shares = jnp.ones((ROWS, 4))
+
+    @jax.jit
+    def step(state, _):
+        error = jnp.where(state.log_price > -jnp.inf, 0.05 * jnp.exp(state.log_price), 0)
+        spent = jnp.where(state.log_price > -jnp.inf, jnp.array([0.4, 1.01]), 1.03)
+        return state.after(state.levels, audit_of(error, shares), spent, 0.05), state.log_price
+
+    _, prices = jax.lax.scan(step, ResolutionState.of_grid(GRID, 1), length=STEPS)
+    exact = np.asarray(prices) == -np.inf
+    assert not exact[:, 0].any()
+    assert exact[50:, 1].mean() > 0.9
+    # It asks again now and then.
+    assert not exact[:, 1][50 : 50 + 2 * REST].all()
+
+
+def test_without_an_audit_or_a_tolerance_lambda_stays():
+    state = ResolutionState.of_grid(GRID, 1, 1e-3)
+    audit = audit_of(jnp.full(2, 0.5), jnp.ones((ROWS, 4)))
+    for after in (state.after(state.levels, None), state.after(state.levels, audit)):
+        np.testing.assert_array_equal(after.log_lambda, state.log_lambda)
+        assert after.step == 1
+    np.testing.assert_allclose(after.audit.relative_error, 0.5, 1e-6)
+
+
+def test_an_average_that_contradicts_the_audit_is_dropped():
+    state = ResolutionState.of_grid(GRID, 1)
+    for error in (0.1, 0.1, 1e-4):
+        state = state.after(state.levels, audit_of(jnp.array([error, 0.1]), jnp.ones((ROWS, 4))))
+    np.testing.assert_allclose(state.audit.relative_error, [1e-4, 1e-4, 0.1, 0.1], 1e-5)
+
+
+def test_is_a_pytree_of_fixed_shapes():
+    state = ResolutionState.of_grid(GRID, 3)
+    audit = audit_of(jnp.full(2, 0.5), jnp.ones((ROWS, 4)))
+    after = jax.jit(lambda s: s.after(s.levels, audit, jnp.ones(2), 0.1))(state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    mapped = jax.vmap(lambda s: s.after(s.levels, audit, jnp.ones(2), 0.1))(stacked)
+    np.testing.assert_array_equal(mapped.log_lambda[1], after.log_lambda)
+
+
+def test_levels_change_only_beyond_the_margin():
+    levels = {"finer": [0, 0, 0, 1, 1], "level": [0, 0, 1, 1, 1], "coarser": [0, 1, 1, 2, 1]}
+    by_name = {name: jnp.array(x) for name, x in levels.items()}
+    previous = jnp.array([MEAN, MEAN, EXACT, SUPER_MEAN, HIDDEN])
+    np.testing.assert_array_equal(settled(**by_name, previous=previous), [0, 1, 0, 2, 1])
+
+
+def test_resolution_change_counts_what_both_see():
+    old = jnp.array([[[[EXACT, MEAN, SUPER_MEAN, HIDDEN]], [[EXACT, EXACT, EXACT, EXACT]]]])
+    new = jnp.array([[[[EXACT, EXACT, MEAN, EXACT]], [[EXACT, EXACT, EXACT, HIDDEN]]]])
+    change = resolution_change(pack_levels(new), pack_levels(old), 4)
+    np.testing.assert_allclose(change, [(4 + 6) / 3, 0])
