@@ -1,6 +1,8 @@
 """Adaptive tiled attention for JAX, computed by Vulkan."""
 
-from jax_aat.attention import tiled_attention
+from jax_aat.adaptation import Adaptation
+from jax_aat.attention import plan_tiles, tiled_attention
+from jax_aat.plan import TilePlan
 from jax_aat.vulkan import (
     Device,
     Dispatch,
@@ -12,11 +14,14 @@ from jax_aat.vulkan import (
 )
 
 __all__ = [
+    "Adaptation",
     "Device",
     "Dispatch",
+    "TilePlan",
     "default_device",
     "devices",
     "last_dispatch",
+    "plan_tiles",
     "set_default_device",
     "set_timing",
     "tiled_attention",

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_aat import arguments, vulkan
+from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
+from jax_aat.adaptation import Adaptation
+from jax_aat.plan import TilePlan
 from jax_aat.primitives import forward
 from jax_aat.problem import Operands, Options, Slot
 
@@ -31,6 +33,9 @@ def tiled_attention(
     key_value_segment_ids: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
+    adaptation: Adaptation | None = None,
+    plan: TilePlan | None = None,
+    state: Any = None,
     return_residual: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -52,6 +57,9 @@ def tiled_attention(
     key_value_segment_ids: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
+    adaptation: Adaptation | None = None,
+    plan: TilePlan | None = None,
+    state: Any = None,
     return_residual: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -72,6 +80,9 @@ def tiled_attention(
     key_value_segment_ids: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
+    adaptation: Adaptation | None = None,
+    plan: TilePlan | None = None,
+    state: Any = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Softmax attention, tile by tile: memory is linear in the lengths.
@@ -106,6 +117,11 @@ def tiled_attention(
       implementation: 'vulkan': the shaders of this package; 'xla': the same algorithm in jax.numpy;
         None: Vulkan where a hardware GPU serves the call, else XLA. `jax_aat.last_dispatch()` tells
         what Vulkan ran.
+      adaptation: How much is computed exactly; None: everything, unless there is a plan. The
+        gradient is that of the chosen levels, which have none themselves.
+      plan: Levels to use, from `plan_tiles` for arguments of the same shapes, causality and window;
+        None: chosen for this call.
+      state: What has `log_lambda`, the logarithm of the price to plan by under a tolerance.
       return_residual: Also return the logsumexp of the logits of every row.
 
     Returns:
@@ -137,12 +153,111 @@ def tiled_attention(
     )
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
-    out, lse = _attend(checked.operands, checked.options, chosen)
+    adaptation = _adaptation(adaptation, plan, state)
+    empty = any(x.size == 0 for x in checked.operands.values())
+    if adaptation is None or empty:
+        out, lse = _attend(checked.operands, checked.options, chosen)
+    else:
+        log_lambda = None if state is None else state.log_lambda
+        out, lse, _ = _attend_adaptively(
+            checked.operands, checked.options, adaptation, chosen, plan, log_lambda
+        )
     lowest = jnp.finfo(q.dtype).min
     residual = jnp.maximum(lse, lowest).astype(q.dtype)
     if not checked.batched:
         out, residual = out[0], residual[0]
     return (out, residual) if return_residual else out
+
+
+def plan_tiles(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    adaptation: Adaptation,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
+    logits_soft_cap: float | None = None,
+    state: Any = None,
+) -> TilePlan:
+    """Chooses at which level each tile of queries sees each granule of keys.
+
+    Arguments are those of `tiled_attention`, to which the plan can be given for this and for other
+    operands of the same shapes, causality and window.
+
+    Returns:
+      The plan; it has a batch axis even where the arguments have none.
+
+    Raises:
+      TypeError: An argument has a type or dtype that is not allowed.
+      ValueError: A shape does not fit, a value is out of range or an axis has size 0.
+    """
+    checked = arguments.check(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+    )
+    if any(x.size == 0 for x in checked.operands.values()):
+        raise ValueError(
+            f"plan_tiles: got query {jnp.shape(query)} and key {jnp.shape(key)}, "
+            "expected no axis of size 0"
+        )
+    _adaptation(adaptation, None, state)
+    log_lambda = None if state is None else state.log_lambda
+    return TilePlan.choose(checked.operands, checked.options, adaptation, log_lambda)
+
+
+def _adaptation(
+    adaptation: Adaptation | None, plan: TilePlan | None, state: Any
+) -> Adaptation | None:
+    """The adaptation of a call, which a plan brings along."""
+    for name, value, wanted in (("adaptation", adaptation, Adaptation), ("plan", plan, TilePlan)):
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name}: got {value!r}, expected a jax_aat.{wanted.__name__} or None")
+    if plan is not None:
+        if adaptation not in (None, plan.adaptation):
+            raise ValueError(f"plan: was made for {plan.adaptation}, the call has {adaptation}")
+        return plan.adaptation
+    if adaptation is not None and adaptation.tolerance is not None and state is None:
+        raise ValueError("adaptation: a tolerance needs a state, which holds lambda; got none")
+    return adaptation
+
+
+def _attend_adaptively(
+    operands: Operands,
+    options: Options,
+    adaptation: Adaptation,
+    implementation: str,
+    plan: TilePlan | None,
+    log_lambda: jax.Array | None,
+) -> Any:
+    """`adaptive.attend` where mesh axes may be Explicit: results are sharded as q is."""
+    spec = jax.typeof(operands[Slot.Q]).sharding.spec
+    entry = jax.sharding.PartitionSpec(*spec[:1])
+    return in_auto_mesh(
+        lambda values: adaptive.attend(
+            values[0], options, adaptation, implementation, values[1], values[2]
+        ),
+        (operands, plan, log_lambda),
+        (spec, jax.sharding.PartitionSpec(*spec[:-1]), entry),
+    )
 
 
 def _attend(operands: Operands, options: Options, implementation: str) -> Any:

@@ -39,10 +39,16 @@ class Boundary:
     super_whole: jax.Array
     full: jax.Array
 
-    def applied(self, level: jax.Array) -> jax.Array:
-        """Levels where these allow them, else the nearest finer one."""
+    def applied(self, level: jax.Array, drops: bool = False) -> jax.Array:
+        """Levels where these allow them, else the nearest finer one.
+
+        Args:
+          level: Of every granule.
+          drops: Whether granules that are seen may be hidden; else these become exact.
+        """
         level = jnp.where((level == SUPER_MEAN) & ~self.super_whole, MEAN, level)
-        level = jnp.where((level != HIDDEN) & self.whole, level, EXACT)
+        allowed = self.whole if drops else self.whole & (level != HIDDEN)
+        level = jnp.where(allowed, level, EXACT)
         return jnp.where(self.seen, level, HIDDEN).astype(jnp.uint32)
 
 

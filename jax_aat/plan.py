@@ -1,156 +1,229 @@
-"""Work lists of a plan: made from its levels map, of sizes that shapes alone decide.
-
-Their layout stands in `docs/architecture.md`.
-"""
+"""`TilePlan`: the levels of a call with the work lists made from them."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_aat.levels import EXACT, GRANULE, KEY_TILE, MEAN, SUPER_MEAN, Grid, unpack_levels
+from jax_aat.adaptation import Adaptation
+from jax_aat.boundary import boundary
+from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
+from jax_aat.lists import Capacity, pack
+from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.router import route
 
-NOTHING = np.uint32(0xFFFFFFFF)
-"""What pads a list."""
-_EXACT_ALIGNMENT = 4
-_COARSE_ALIGNMENT = 64
+_LISTS = {
+    Slot.LIST_HEADERS: "list_headers",
+    Slot.LIST_ENTRIES: "list_entries",
+    Slot.KEY_LIST_HEADERS: "key_list_headers",
+    Slot.KEY_LIST_ENTRIES: "key_list_entries",
+}
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["levels", *_LISTS.values(), "log_lambda"],
+    meta_fields=["grid", "adaptation", "causal", "window"],
+)
 @dataclasses.dataclass(frozen=True)
-class Capacity:
-    """Entries that the lists have room for, whatever the levels are.
+class TilePlan:
+    """At which level every tile of queries sees every granule of keys, and the lists of that.
+
+    A pytree of arrays whose sizes depend on shapes and options only, so that plans are carried
+    through loops, stacked, stored and reused; it has no gradient. Layouts stand in
+    `docs/architecture.md`.
 
     Attributes:
-      entries: Of one list of all tiles of a chunk of query heads.
-      key_entries: Of one transposed list of all tiles of a key/value head.
+      levels: [B, L, I, W] uint32, two bits a granule.
+      list_headers: [B, L, I, 4] uint32.
+      list_entries: [B, L, capacity] uint32.
+      key_list_headers: [B, K, tiles of keys and of coarse rows, 4] uint32.
+      key_list_entries: [B, K, key capacity] uint32.
+      log_lambda: Natural logarithm of the price of a row, [B, L] float32.
+      grid: How the call is cut.
+      adaptation: What was aimed at.
+      causal: Whether the call is causal.
+      window: That of the call.
     """
 
-    entries: int
-    key_entries: int
+    levels: jax.Array
+    list_headers: jax.Array
+    list_entries: jax.Array
+    key_list_headers: jax.Array
+    key_list_entries: jax.Array
+    log_lambda: jax.Array
+    grid: Grid
+    adaptation: Adaptation
+    causal: bool
+    window: tuple[int, int]
 
     @classmethod
-    def of(cls, grid: Grid, causal: bool, window: tuple[int, int]) -> "Capacity":
-        """Room for every granule and super-tile that causality and window let a tile see."""
-        first = np.arange(grid.tiles) * grid.positions
-        last = np.minimum(first + grid.positions, grid.queries) - 1
-        right = min([0] * causal + [window[1]] * (window[1] >= 0), default=grid.keys)
-        left = window[0] if window[0] >= 0 else grid.keys + grid.queries
-        low = np.clip(first - left, 0, grid.keys)
-        high = np.clip(last + right + 1, 0, grid.keys)
-        seen = high > low
+    def choose(
+        cls,
+        operands: Operands,
+        options: Options,
+        adaptation: Adaptation,
+        log_lambda: jax.Array | None = None,
+    ) -> "TilePlan":
+        """Plans a call; arguments as those of `jax_aat.router.route`."""
+        grid = grid_of(operands, adaptation)
+        levels, log_lambda = route(operands, options, grid, adaptation, log_lambda)
+        return cls.of_levels(levels, log_lambda, operands, options, adaptation)
 
-        def touched(size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-            return np.where(seen, -(-high // size) - low // size, 0)
+    @classmethod
+    def of_levels(
+        cls,
+        levels: jax.Array,
+        log_lambda: jax.Array,
+        operands: Operands,
+        options: Options,
+        adaptation: Adaptation,
+    ) -> "TilePlan":
+        """The plan of given levels, [B, L, I, W], which must keep to the boundary of the call."""
+        grid = grid_of(operands, adaptation)
+        capacity = Capacity.of(grid, options.causal, options.window)
+        lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
+        return cls(levels, *lists, log_lambda, grid, adaptation, options.causal, options.window)
 
-        granules, super_tiles = touched(GRANULE), touched(1024)
-        padding = (_EXACT_ALIGNMENT - 1) + (_COARSE_ALIGNMENT - 1)
-        entries = int((granules + super_tiles + padding).sum())
-        of_keys = touched(KEY_TILE).sum() + grid.tiles * grid.coarse_tiles
-        return cls(entries, int(of_keys) * grid.lists_per_kv_head)
+    def for_call(self, operands: Operands, options: Options) -> "TilePlan":
+        """The plan for a call, which must have the shapes, causality and window of its own.
+
+        What lengths, segments, mask and bias of that call do not let a tile see is hidden, what
+        they do not let it see by a mean row is exact, and so is what the plan has hidden and they
+        show.
+
+        Raises:
+          ValueError: Shapes, causality or window are others.
+        """
+        grid = grid_of(operands, self.adaptation)
+        batch = operands[Slot.Q].shape[0]
+        for name, mine, theirs in (
+            ("a grid", self.grid, grid),
+            ("is_causal", self.causal, options.causal),
+            ("local_window_size", self.window, options.window),
+            ("a batch size", self.levels.shape[0], batch),
+        ):
+            if mine != theirs:
+                raise ValueError(f"plan: was made for {name} of {mine}, the call has {theirs}")
+        moving = (Slot.Q_LENGTHS, Slot.KV_LENGTHS, Slot.Q_SEGMENTS, Slot.MASK, Slot.BIAS)
+        if not any(slot in operands for slot in moving):
+            return self
+        level = unpack_levels(self.levels, grid.granules)
+        drops = self.adaptation.levels == (EXACT,)
+        levels = pack_levels(boundary(operands, options, grid).applied(level, drops))
+        return self.of_levels(levels, self.log_lambda, operands, options, self.adaptation)
+
+    def operands(self) -> Operands:
+        """The plan as operands of a primitive."""
+        lists = {slot: getattr(self, name) for slot, name in _LISTS.items()}
+        return {Slot.LEVELS: self.levels} | lists
+
+    def validate(self) -> "TilePlan":
+        """Checks a plan of concrete arrays, on the host, for example one that was read from a file.
+
+        Returns:
+          The plan itself.
+
+        Raises:
+          ValueError: An array has a wrong shape or dtype, levels let a tile see what causality and
+            window hide, or a list does not say what the levels say.
+        """
+        batch = self.levels.shape[:-3]
+        grid, capacity = self.grid, Capacity.of(self.grid, self.causal, self.window)
+        tiles = (grid.lists, grid.tiles)
+        key_tiles = grid.key_tiles + grid.coarse_tiles
+        for name, core, dtype in (
+            ("levels", (*tiles, grid.words), "uint32"),
+            ("list_headers", (*tiles, 4), "uint32"),
+            ("list_entries", (grid.lists, capacity.entries), "uint32"),
+            ("key_list_headers", (grid.kv_heads, key_tiles, 4), "uint32"),
+            ("key_list_entries", (grid.kv_heads, capacity.key_entries), "uint32"),
+            ("log_lambda", (grid.lists,), "float32"),
+        ):
+            x = getattr(self, name)
+            if x.shape != (*batch, *core) or x.dtype.name != dtype:
+                raise ValueError(
+                    f"plan.{name}: got {x.dtype.name}{list(x.shape)}, "
+                    f"expected {dtype}{[*batch, *core]}"
+                )
+        flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[len(batch) :])), self)
+        level = unpack_levels(flat.levels, grid.granules)
+        _require(flat.levels, pack_levels(level), "levels", "a level of a granule past the last")
+        options = Options(1.0, self.causal, self.window, query_tile=grid.query_tile)
+        static = boundary({}, options, grid)
+        allowed = static.applied(level, drops=True)
+        _require(level, allowed, "levels", "a level that causality or window forbids")
+        # Whether a granule is full depends on operands that the plan does not hold: full ones are
+        # listed first, in ascending order, whichever they are.
+        full = _full_of(flat.list_headers, flat.list_entries, level, grid)
+        lists = pack(flat.levels, full, grid, capacity)
+        for name, expected in zip(_LISTS.values(), lists, strict=True):
+            _require(getattr(flat, name), expected, name, "something else than the levels say")
+        return self
+
+    def rows(self) -> jax.Array:
+        """Keys and coarse rows that each tile reads, [B, L, I] float32."""
+        level = unpack_levels(self.levels, self.grid.granules)
+        exact = jnp.where(level == EXACT, self.grid.granule_sizes, 0).sum(-1)
+        return (exact + self.list_headers[..., 3].astype(exact.dtype)).astype(jnp.float32)
+
+    def row_flops(self, head_dim: int) -> jax.Array:
+        """FLOPs of reading them, by batch entry: [B] float32."""
+        return 4.0 * head_dim * self.grid.query_tile * self.rows().sum((-2, -1))
+
+    def __str__(self) -> str:
+        grid = self.grid
+        shape = (
+            f"{grid.queries} queries x {grid.keys} keys, {grid.heads} heads over {grid.kv_heads}, "
+            f"tiles of {grid.positions} positions x {grid.tile_heads} heads"
+        )
+        if isinstance(self.levels, jax.core.Tracer):
+            return f"TilePlan({shape}; traced)"
+        level = np.asarray(unpack_levels(self.levels, grid.granules))
+        shown = (level != HIDDEN).sum()
+        shares = (
+            f"{name} {(level == which).sum() / max(shown, 1):.1%}"
+            for which, name in ((EXACT, "exact"), (MEAN, "mean"), (SUPER_MEAN, "super-tile"))
+        )
+        prices = np.asarray(self.log_lambda)
+        return (
+            f"TilePlan({shape}; {', '.join(shares)} of the granules seen; "
+            f"log lambda {prices.min():.2f} to {prices.max():.2f})"
+        )
 
 
-def pack(
-    levels: jax.Array, full: jax.Array, grid: Grid, capacity: Capacity
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Makes the work lists of a levels map.
+def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:
+    """How an adaptive call is cut.
 
-    Args:
-      levels: [*batch, L, I, W] uint32.
-      full: Which granules every row of a tile sees entirely, broadcasts to
-        [*batch, L, I, granules]; bool.
-      grid: How the call is cut.
-      capacity: Sizes of the lists.
-
-    Returns:
-      List headers [*batch, L, I, 4] and entries [*batch, L, capacity.entries], key list headers
-      [*batch, K, key tiles + coarse tiles, 4] and entries [*batch, K, capacity.key_entries];
-      uint32.
+    Raises:
+      ValueError: A length is symbolic.
     """
-    level = unpack_levels(levels, grid.granules)
-    exact = level == EXACT
-    counts = jnp.concatenate(
-        [
-            jnp.where(level == MEAN, grid.granule_sizes, 0),
-            grid.by_super_tile(jnp.where(level == SUPER_MEAN, grid.granule_sizes, 0)).sum(-1),
-        ],
-        axis=-1,
-    )
-    listed = counts > 0
-    headers, entries = _lists(exact, full & exact, counts, listed, capacity.entries)
-    by_key = jnp.concatenate(
-        [_any_of_tile(exact, KEY_TILE // GRANULE), _any_of_tile(listed, KEY_TILE)], axis=-1
-    )
-    # [*batch, L, I, tiles of keys] to [*batch, K, tiles of keys, query tiles of all chunks].
-    by_key = jnp.moveaxis(by_key, -1, -3)
-    batch = by_key.shape[:-3]
-    by_key = by_key.reshape(
-        *batch, by_key.shape[-3], grid.kv_heads, grid.lists_per_kv_head * grid.tiles
-    )
-    return headers, entries, *_key_lists(jnp.moveaxis(by_key, -2, -3), capacity.key_entries)
+    sizes = extents(operands)
+    for name, size in (("query", sizes.queries), ("key", sizes.keys)):
+        if not isinstance(size, int):
+            raise ValueError(f"{name}: got symbolic length {size}, adaptation needs a known one")
+    return Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, adaptation.query_tile)
 
 
-def _lists(
-    exact: jax.Array, full: jax.Array, counts: jax.Array, listed: jax.Array, capacity: int
-) -> tuple[jax.Array, jax.Array]:
-    mixed = exact & ~full
-    full_count, exact_count, row_count = (_count(x) for x in (full, exact, listed))
-    exact_room = _rounded(exact_count, _EXACT_ALIGNMENT)
-    room = exact_room + _rounded(row_count, _COARSE_ALIGNMENT)
-    first = jnp.cumsum(room, -1) - room
-    headers = jnp.stack([first, full_count, exact_count, row_count], -1).astype(jnp.uint32)
-
-    at = jnp.where(full, _rank(full), full_count[..., None] + _rank(mixed))
-    at = jnp.where(exact, first[..., None] + at, capacity)
-    starts = jnp.arange(exact.shape[-1], dtype=jnp.uint32) * GRANULE
-    row_at = jnp.where(listed, (first + exact_room)[..., None] + _rank(listed), capacity)
-    rows = jnp.arange(listed.shape[-1], dtype=jnp.uint32)
-    row_words = rows | (jnp.maximum(counts, 1) - 1).astype(jnp.uint32) << 20
-    at = jnp.concatenate([at, row_at], -1)
-    words = jnp.concatenate([jnp.broadcast_to(starts, exact.shape), row_words], -1)
-    return headers, _scattered(at, words, capacity)
+def _require(actual: Any, expected: Any, name: str, what: str) -> None:
+    wrong = np.argwhere(np.asarray(actual) != np.asarray(expected))
+    if len(wrong):
+        raise ValueError(
+            f"plan.{name}: the plan is corrupted, it has {what}, first at {wrong[0].tolist()}"
+        )
 
 
-def _key_lists(member: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """Headers and entries of lists of what is true of [..., lists, members]."""
-    count = _count(member)
-    first = jnp.cumsum(count, -1) - count
-    zero = jnp.zeros_like(count)
-    headers = jnp.stack([first, count, zero, zero], -1).astype(jnp.uint32)
-    at = jnp.where(member, first[..., None] + _rank(member), capacity)
-    words = jnp.broadcast_to(jnp.arange(member.shape[-1], dtype=jnp.uint32), member.shape)
-    return headers, _scattered(at, words, capacity)
-
-
-def _scattered(at: jax.Array, words: jax.Array, capacity: int) -> jax.Array:
-    """[..., capacity]: words [..., lists, members] at their places, but for those past the end."""
-    batch = at.shape[:-2]
-
-    def one(at: jax.Array, words: jax.Array) -> jax.Array:
-        empty = jnp.full(capacity, NOTHING)
-        return empty.at[at].set(words, mode="drop", unique_indices=False)
-
-    flat = jax.vmap(one)(
-        at.reshape(-1, at.shape[-2] * at.shape[-1]), words.reshape(-1, at.shape[-2] * at.shape[-1])
-    )
-    return flat.reshape(*batch, capacity)
-
-
-def _any_of_tile(x: jax.Array, size: int) -> jax.Array:
-    """Whether any of `size` neighbours along the last axis is true."""
-    tiles = -(-x.shape[-1] // size)
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, tiles * size - x.shape[-1])])
-    return padded.reshape(*x.shape[:-1], tiles, size).any(-1)
-
-
-def _count(x: jax.Array) -> jax.Array:
-    return x.sum(-1, dtype=jnp.int32)
-
-
-def _rank(x: jax.Array) -> jax.Array:
-    """How many before each along the last axis are true."""
-    return jnp.cumsum(x, -1, dtype=jnp.int32) - x
-
-
-def _rounded(x: jax.Array, alignment: int) -> jax.Array:
-    return (x + alignment - 1) // alignment * alignment
+def _full_of(headers: jax.Array, entries: jax.Array, level: jax.Array, grid: Grid) -> jax.Array:
+    """Which granules at level 0 lists name among the full ones, [B, L, I, granules]."""
+    first, count = (headers[..., i].astype(jnp.int32) for i in (0, 1))
+    offset = jnp.arange(grid.granules)
+    at = jnp.clip(first[..., None] + offset, 0, entries.shape[-1] - 1)
+    listed = jnp.take_along_axis(entries[:, :, None], at, axis=-1) // 16
+    listed = jnp.where(offset < count[..., None], listed, grid.granules).astype(jnp.int32)
+    full = jnp.zeros((*level.shape[:-1], grid.granules + 1), bool)
+    index = jnp.ogrid[tuple(slice(size) for size in level.shape)][:-1]
+    full = full.at[(*index, jnp.minimum(listed, grid.granules))].set(True)
+    return full[..., :-1] & (level == EXACT)

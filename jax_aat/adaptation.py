@@ -1,0 +1,81 @@
+"""`Adaptation`: how much of attention is computed exactly, and how that is decided."""
+
+import dataclasses
+import math
+import numbers
+
+from jax_aat.levels import EXACT, MEAN, SUPER_MEAN
+
+_LEVELS = ((EXACT,), (EXACT, MEAN), (EXACT, MEAN, SUPER_MEAN))
+_QUERY_TILES = (16, 32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """How adaptive attention chooses its levels; exactly one of the first three is given.
+
+    Attributes:
+      budget: Fraction of the FLOPs of exact attention that a call may spend, planning included;
+        1 is exact attention. One lambda serves all heads and tiles of a batch entry, so that those
+        that need more get more.
+      tolerance: Relative error of the output, kept by audit and controller; needs a state.
+      threshold: Lambda itself, the predicted squared error (in units of the mean squared norm of
+        a value) that one row read must save; 0 is exact attention. Compute then moves freely
+        between calls, so between the layers of a model.
+      levels: Levels in use: (0,) drops what is not exact, (0, 1) reads means of granules for it,
+        (0, 1, 2) those of super-tiles as well, corrected by the state.
+      query_tile: Rows of a query tile, which share one list of granules.
+      stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
+        foremost granules also by means of 4.
+      audit_rate: Fraction of the query rows that an audit computes exactly as well.
+      replan_every: Calls that a plan carried in a state serves.
+
+    Raises:
+      TypeError: A field has a wrong type.
+      ValueError: A field is out of range, or not exactly one goal is given.
+    """
+
+    budget: float | None = None
+    tolerance: float | None = None
+    threshold: float | None = None
+    levels: tuple[int, ...] = (EXACT, MEAN, SUPER_MEAN)
+    query_tile: int = 128
+    stages: int = 2
+    audit_rate: float = 1 / 64
+    replan_every: int = 1
+
+    def __post_init__(self) -> None:
+        goals = {
+            name: getattr(self, name)
+            for name in ("budget", "tolerance", "threshold")
+            if getattr(self, name) is not None
+        }
+        if len(goals) != 1:
+            given = " and ".join(goals) or "none"
+            raise ValueError(
+                f"Adaptation: got {given}, expected exactly one of budget, tolerance and threshold"
+            )
+        for name, value in (*goals.items(), ("audit_rate", self.audit_rate)):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, expected a Python number")
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+        for name in ("budget", "tolerance"):
+            if goals.get(name) == 0:
+                raise ValueError(f"{name}: got 0, expected a number above 0")
+        if self.budget is not None and self.budget > 1:
+            raise ValueError(f"budget: got {self.budget}, expected a fraction of at most 1")
+        if self.audit_rate > 1:
+            raise ValueError(f"audit_rate: got {self.audit_rate}, expected a fraction of at most 1")
+        for name, allowed in (
+            ("levels", _LEVELS),
+            ("query_tile", _QUERY_TILES),
+            ("stages", (1, 2)),
+        ):
+            if getattr(self, name) not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+        if not isinstance(self.replan_every, int) or self.replan_every < 1:
+            raise ValueError(
+                f"replan_every: got {self.replan_every!r}, expected an integer of at least 1"
+            )

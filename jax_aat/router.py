@@ -1,0 +1,272 @@
+"""The router: chooses the level of every granule of every tile by one price of a row, lambda.
+
+The level of a granule is the one of least predicted error + lambda * rows read. A granule stops
+being exact where lambda passes one break-even price, and stops having a row of its own where it
+passes another; both are kept as the upper half of their float32, so that the search for the lambda
+that spends a budget is exact and gives the same bits everywhere.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_aat.adaptation import Adaptation
+from jax_aat.boundary import boundary
+from jax_aat.levels import EXACT, GRANULE, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels
+from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.scores import FINE, Keys, Queries, predict, subqueries
+
+CANDIDATES = 2.0
+"""Stage 2 looks at this many times the budget of the granules."""
+FLOOR = 0.25
+"""This share of the budget of the granules, the most important ones of a tile, is exact."""
+NOMINAL = 0.125
+"""What counts as budget in the two above where none is given."""
+_LEAST_CANDIDATES = 0.125
+_STATE_SHARE = 0.25
+"""The state may take this share of the budget."""
+_CHUNK = 2**22
+"""Elements that the largest array of a chunk of tiles may have."""
+_KEPT = 0x6F00
+"""The upper half of 2^95, a price that no error reaches."""
+_INFINITE = 0x7F80
+"""The upper half of an infinite float32."""
+
+
+def route(
+    operands: Operands,
+    options: Options,
+    grid: Grid,
+    adaptation: Adaptation,
+    log_lambda: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses levels.
+
+    Args:
+      operands: Those of the call, with one batch axis [B].
+      options: Those of the call.
+      grid: How the call is cut.
+      adaptation: What to aim at.
+      log_lambda: With a tolerance, the price to use, broadcasts to [B, L]; natural logarithm.
+
+    Returns:
+      Levels [B, L, I, W] uint32 and the natural logarithm of lambda, [B, L] float32.
+    """
+    operands = {
+        slot: lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for slot, x in operands.items()
+    }
+    shape = (operands[Slot.Q].shape[0], grid.lists)
+    whole = boundary(operands, options, grid)
+    if is_exact(adaptation):
+        level = jnp.full((*shape, grid.tiles, grid.granules), EXACT)
+        return pack_levels(whole.applied(level)), jnp.full(shape, -jnp.inf, jnp.float32)
+    leaves_exact, leaves_mean = _break_even(operands, options, grid, adaptation)
+    if adaptation.budget is not None:
+        spare = _spare_rows(operands, options, grid, adaptation)
+        price = _price_of(spare, leaves_exact, leaves_mean)[:, None]
+    elif adaptation.threshold is not None:
+        price = _upper_half(jnp.full((1, 1), adaptation.threshold, jnp.float32))
+    else:
+        if log_lambda is None:
+            raise ValueError("tolerance: got no state, expected one that holds lambda")
+        price = _upper_half(jnp.exp(jnp.asarray(log_lambda, jnp.float32)))
+    price = jnp.broadcast_to(price, shape)
+    at = price[..., None, None]
+    coarse = MEAN if MEAN in adaptation.levels else HIDDEN
+    level = jnp.where(leaves_exact >= at, EXACT, coarse)
+    if SUPER_MEAN in adaptation.levels:
+        level = jnp.where((level == MEAN) & (leaves_mean < at), SUPER_MEAN, level)
+    level = whole.applied(level, drops=coarse == HIDDEN)
+    value = lax.bitcast_convert_type(price.astype(jnp.uint32) << 16, jnp.float32)
+    return pack_levels(level), jnp.log(value)
+
+
+def _break_even(
+    operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
+) -> tuple[jax.Array, jax.Array]:
+    """Upper halves of the prices at which granules stop being exact, stop having their own row.
+
+    Returns:
+      Two uint16 [B, L, I, granules]; 0 where nothing is seen.
+    """
+    queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
+    fraction = adaptation.budget or NOMINAL
+    candidates = _candidate_share(adaptation)
+    most = math.ceil(FLOOR * fraction * grid.granules)
+
+    def of_tiles(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bounds = boundary(operands, options, grid, tiles)
+        errors = predict(
+            queries.at(tiles), keys, bounds, operands, options, grid, tiles, candidates
+        )
+        if MEAN not in adaptation.levels:
+            exact, mean = errors.skipped / GRANULE, jnp.zeros_like(errors.skipped)
+        else:
+            exact, mean = errors.mean / (GRANULE - 1), jnp.full_like(errors.mean, jnp.inf)
+        if SUPER_MEAN in adaptation.levels:
+            least = jnp.minimum(exact, errors.super_mean / GRANULE)
+            exact = jnp.where(bounds.super_whole, least, exact)
+            apart = errors.super_mean - errors.mean
+            mean = jnp.where(bounds.super_whole, apart, jnp.inf)
+        # The most important granules are exact.
+        seen = bounds.seen.sum(-1, keepdims=True)
+        count = jnp.ceil(FLOOR * fraction * seen).astype(jnp.int32)
+        best = lax.top_k(jnp.where(bounds.seen, errors.importance, -1.0), most)[0]
+        count = jnp.broadcast_to(count, (*best.shape[:-1], 1))
+        least_best = jnp.take_along_axis(best, jnp.clip(count - 1, 0, most - 1), axis=-1)
+        # At any that errors explain; beyond, where a budget leaves no room, in their order.
+        kept = errors.importance >= least_best
+        exact = _upper_half(exact)
+        exact = jnp.where(kept, _KEPT + (exact >> 3), exact)
+        exact = jnp.where(bounds.whole, exact, _INFINITE)
+
+        def by_tile(x: jax.Array) -> jax.Array:
+            return jnp.moveaxis(jnp.where(bounds.seen, x, 0).astype(jnp.uint16), 2, 0)
+
+        return by_tile(exact), by_tile(_upper_half(mean))
+
+    shape = (operands[Slot.Q].shape[0], grid.lists, subqueries(grid)[0])
+    # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
+    a_tile = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates))
+    size = max(1, min(grid.tiles, _CHUNK // a_tile))
+    chunks = -(-grid.tiles // size)
+    tiles = jnp.minimum(jnp.arange(chunks * size), grid.tiles - 1).reshape(chunks, size)
+    found = lax.map(of_tiles, tiles)
+    joined = (x.reshape(-1, *x.shape[2:])[: grid.tiles] for x in found)
+    exact, mean = (jnp.moveaxis(x, 0, 2) for x in joined)
+    return exact, mean
+
+
+def _candidate_share(adaptation: Adaptation) -> float:
+    """Share of the granules that a tile sees that stage 2 looks at."""
+    if adaptation.stages == 1:
+        return 0.0
+    return min(1.0, max(CANDIDATES * (adaptation.budget or NOMINAL), _LEAST_CANDIDATES))
+
+
+def _price_of(spare: jax.Array, leaves_exact: jax.Array, leaves_mean: jax.Array) -> jax.Array:
+    """The least price, as upper half, at which all tiles read at most `spare` rows: [B]."""
+
+    def rows(price: jax.Array) -> jax.Array:
+        at = price[:, None, None, None]
+        exact, listed = leaves_exact >= at, leaves_mean >= at
+        read = jnp.where(exact, GRANULE, jnp.where(listed, 1, 0)).sum(-1, dtype=jnp.int32)
+        return read.astype(jnp.float32).sum((1, 2))
+
+    def halved(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        fits = rows(middle) <= spare
+        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+
+    shape = spare.shape
+    low, high = jnp.zeros(shape, jnp.uint32), jnp.full(shape, _INFINITE, jnp.uint32)
+    return lax.fori_loop(0, 15, halved, (low, high))[1]
+
+
+def _upper_half(x: jax.Array) -> jax.Array:
+    """The upper half of float32 numbers, of which those below 0 count as 0: uint32, ordered."""
+    bits = lax.bitcast_convert_type(jnp.maximum(x, 0).astype(jnp.float32), jnp.uint32)
+    return jnp.right_shift(bits, 16)
+
+
+def _spare_rows(
+    operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
+) -> jax.Array:
+    """Rows that the tiles of a batch entry may read by the budget, planning deducted: [B]."""
+    assert adaptation.budget is not None
+    dense = dense_flops(operands, options, grid)
+    planned = planning_flops(operands, options, grid, adaptation)
+    a_row = 4 * operands[Slot.Q].shape[-1] * grid.query_tile
+    spare = jnp.maximum(adaptation.budget * dense - planned, 0) / a_row
+    if SUPER_MEAN in adaptation.levels:
+        # Every tile may read a row of each super-tile that it sees.
+        seen = boundary(operands, options, grid).seen
+        seen = jnp.broadcast_to(seen, (*spare.shape, grid.lists, *seen.shape[-2:]))
+        spare -= grid.by_super_tile(seen).any(-1).sum((1, 2, 3)).astype(jnp.float32)
+    return spare
+
+
+def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
+    """FLOPs of exact attention over the pairs that see each other, by batch entry: [B] float32.
+
+    Pairs are counted one by one for causality, window and lengths, and by granules besides where
+    there are segments or a mask.
+    """
+    position = jnp.arange(grid.queries, dtype=jnp.int32)[None]
+    left, right = options.window
+    if options.causal:
+        right = min(0, right) if right >= 0 else 0
+    stop = jnp.minimum(position + right + 1, grid.keys) if right >= 0 else grid.keys
+    start = jnp.maximum(position - left, 0) if left >= 0 else 0
+    batch = operands[Slot.Q].shape[0]
+    if Slot.KV_LENGTHS in operands:
+        stop = jnp.minimum(stop, operands[Slot.KV_LENGTHS][:, None])
+    pairs = jnp.broadcast_to(jnp.maximum(stop - start, 0), (batch, grid.queries))
+    if Slot.Q_LENGTHS in operands:
+        pairs = jnp.where(position < operands[Slot.Q_LENGTHS][:, None], pairs, 0)
+    count = pairs.astype(jnp.float32).sum(-1) * grid.heads
+    if Slot.MASK in operands or Slot.Q_SEGMENTS in operands:
+        seen = boundary(operands, options, grid).seen
+        seen = jnp.broadcast_to(seen, (batch, grid.lists, *seen.shape[-2:]))
+        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32).sum((1, 2))
+        count = jnp.minimum(count, rows * grid.query_tile)
+    return 4.0 * operands[Slot.Q].shape[-1] * count
+
+
+def is_exact(adaptation: Adaptation) -> bool:
+    """Whether everything is to be exact, so that there is nothing to choose."""
+    return adaptation.budget == 1 or adaptation.threshold == 0
+
+
+def state_flops(operands: Operands, grid: Grid) -> float:
+    """FLOPs of the state and of the correction by it, of one batch entry."""
+    head_dim = operands[Slot.Q].shape[-1]
+    queries, keys = grid.heads * grid.queries, grid.kv_heads * grid.keys
+    return 2.0 * head_dim * head_dim * (queries + keys) + 4 * head_dim * queries
+
+
+def has_state(operands: Operands, options: Options, adaptation: Adaptation) -> bool:
+    """Whether coarse rows are corrected by the state.
+
+    The state is a mean over all keys before a super-tile, so it would tell of keys that a window, a
+    mask or segments hide. It is linear in the length: for short sequences it would take too much of
+    the budget.
+    """
+    if Slot.MASK in operands or Slot.Q_SEGMENTS in operands or options.window != (-1, -1):
+        return False
+    if SUPER_MEAN not in adaptation.levels or is_exact(adaptation):
+        return False
+    sizes = extents(operands)
+    grid = Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, adaptation.query_tile)
+    pairs = grid.queries * grid.keys
+    if options.causal:
+        shorter = min(grid.queries, grid.keys)
+        pairs = shorter * (shorter + 1) // 2 + (grid.queries - shorter) * grid.keys
+    allowed = _STATE_SHARE * (adaptation.budget or NOMINAL) * 4 * sizes.head_dim * sizes.heads
+    return state_flops(operands, grid) <= allowed * pairs
+
+
+def planning_flops(
+    operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
+) -> jax.Array:
+    """FLOPs of a call besides those of the rows that it reads, by batch entry: [B] float32.
+
+    Those of summaries, of both stages, of the state and of the correction by it.
+    """
+    head_dim = operands[Slot.Q].shape[-1]
+    queries, keys = grid.heads * grid.queries, grid.kv_heads * grid.keys
+    summaries = 8 * head_dim * (queries + 2 * keys)
+    if is_exact(adaptation):
+        return jnp.full(operands[Slot.Q].shape[:1], float(summaries))
+    state = state_flops(operands, grid) if has_state(operands, options, adaptation) else 0
+    coarse, fine = subqueries(grid)
+    # A tile and a granule that it sees stand for that many pairs.
+    a_pair = GRANULE * grid.query_tile
+    stages = coarse + coarse * GRANULE / 1024 / 2
+    stages += fine * (GRANULE // FINE) * _candidate_share(adaptation)
+    return summaries + state + dense_flops(operands, options, grid) * (stages / a_pair)
