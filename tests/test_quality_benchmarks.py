@@ -15,12 +15,14 @@ import pytest
 import router_emulation as router
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
+from library import levels_of as levels_of_plan
 from ours import OURS, of_levels
 
+import jax_aat
 from jax_aat.reference import dense_attention
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "quality"
-SIZES = Sizes(length=2048, heads=4, kv_heads=2, head_dim=16)
+SIZES = Sizes(length=2048, heads=4, kv_heads=1, head_dim=16)
 Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -97,6 +99,18 @@ def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) 
     dense = 4 * SIZES.heads * SIZES.head_dim * SIZES.length * (SIZES.length + 1) / 2
     counted = router.operations(prediction, levels, operands[0].shape) / dense
     assert float(spent) == pytest.approx(float(counted), rel=1e-5)
+
+
+def test_library_and_emulation_plan_alike_and_compute_the_same(operands: Operands) -> None:
+    adaptation = jax_aat.Adaptation(budget=0.25)
+    batched = tuple(x[None] for x in operands)
+    plan = jax_aat.plan_tiles(*batched, adaptation, is_causal=True)
+    levels = levels_of_plan(plan, SIZES.length // router.GRANULE)
+    _, emulated = levels_of(operands, float(plan.log_lambda[0, 0]))
+    assert float((levels == emulated).mean()) > 0.99
+    expected, _ = attend_under(operands, levels, 0.0)
+    out = jax_aat.tiled_attention(*batched, is_causal=True, plan=plan, implementation="xla")
+    assert relative_error(out[0], expected) < 2e-5
 
 
 def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:

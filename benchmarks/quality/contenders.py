@@ -33,11 +33,19 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Contender:
-    """An attention that spends a given fraction of the operations of exact attention."""
+    """An attention that spends a given fraction of the operations of exact attention.
+
+    Attributes:
+      name: In tables.
+      parameters: Of sizes and a fraction: what `select` takes.
+      select: Of query, key, value and parameters.
+      static: Parameters are hashable and part of what is compiled.
+    """
 
     name: str
     parameters: Callable[[Sizes, float], Any]
     select: Callable[[Array, Array, Array, Any], Selection]
+    static: bool = False
 
 
 def kept_blocks(sizes: Sizes, rows: float, query_block: int, key_block: int) -> np.ndarray:

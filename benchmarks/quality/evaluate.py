@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -27,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
+from library import LIBRARY
 from model import Shape, default_dtype, losses
 from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
 from storage import load_held_out, load_weights
 from tqdm import tqdm
 
-CONTENDERS = {x.name: x for x in [EXACT, OURS, SHARED_LAMBDA, *VARIANTS, *BASELINES]}
+CONTENDERS = {x.name: x for x in [EXACT, OURS, LIBRARY, SHARED_LAMBDA, *VARIANTS, *BASELINES]}
 MAIN = ["ours", "block top-k", "MRA"]
 
 
@@ -80,7 +81,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     others = [name for name in CONTENDERS if name not in (*MAIN, "exact")]
     yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
     yield from block(MAIN, args.fractions[:2])
-    yield from block([SHARED_LAMBDA.name], args.fractions[:1])
+    yield from block([LIBRARY.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
     yield from block(MAIN, args.fractions[2:])
     for fraction in args.fractions:
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
@@ -103,23 +104,30 @@ class Evaluator:
         """What costs at a length depend on."""
         return Sizes(length, self.shape.heads, self.shape.kv_heads, self.shape.head_dim)
 
-    @cache  # noqa: B019, one evaluator a run
-    def compiled(self, length: int, name: str, fidelity: bool) -> Callable[..., Any]:
+    def compiled(self, job: Job) -> Callable[..., Any]:
         """Compiles (parameters, window [T + 1], the contender's) -> losses [T], besides."""
-        run = beside_exact if fidelity else in_place
-        attention = partial(run, CONTENDERS[name])
+        fraction = job.fraction if CONTENDERS[job.name].static else None
+        return self._compiled(job.length, job.name, job.fidelity, fraction)
+
+    @cache  # noqa: B019, one evaluator a run
+    def _compiled(
+        self, length: int, name: str, fidelity: bool, fraction: float | None
+    ) -> Callable[..., Any]:
+        contender = CONTENDERS[name]
+        example = contender.parameters(self.sizes(length), fraction or 0.5)
+        run = partial(beside_exact if fidelity else in_place, contender)
 
         @jax.jit
         def evaluate(params: Any, window: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
             def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-                out, besides = attention(q[0], k[0], v[0], parameters)
+                numbers = example if contender.static else parameters
+                out, besides = run(q[0], k[0], v[0], numbers)
                 return out[None], besides
 
             loss, besides = losses(self.shape, default_dtype(), layer, params, window[None])
             return loss[0], besides
 
         window = jax.ShapeDtypeStruct((length + 1,), jnp.uint8)
-        example = CONTENDERS[name].parameters(self.sizes(length), 0.5)
         return evaluate.lower(self.params[0], window, example).compile()
 
     def parameters(self, job: Job, index: int) -> Any:
@@ -134,7 +142,7 @@ class Evaluator:
 
     def run(self, job: Job) -> list[dict[str, Any]]:
         """Measures one case on every seed."""
-        evaluate = self.compiled(job.length, job.name, job.fidelity)
+        evaluate = self.compiled(job)
         rows = []
         for index, seed in enumerate(self.seeds):
             parameters, began = self.parameters(job, index), time.monotonic()
@@ -188,22 +196,34 @@ def describe(row: dict[str, Any], exact: dict[tuple[int, int], list[float]]) -> 
     return line + f"loss {np.mean(row['losses']):.4f}  change {change:+.5f}"
 
 
+def compile_ahead(pool: Executor, evaluator: Evaluator, wanted: list[Job]) -> dict[Job, Future]:
+    """Starts to compile what jobs need, each thing once: a future of each job."""
+    started: dict[tuple[Any, ...], Future] = {}
+    ahead = {}
+    for job in wanted:
+        fraction = job.fraction if CONTENDERS[job.name].static else None
+        case = (job.length, job.name, job.fidelity, fraction)
+        if case not in started:
+            started[case] = pool.submit(evaluator.compiled, job)
+        ahead[job] = started[case]
+    return ahead
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the jobs until they or the seconds are over."""
     began, args = time.monotonic(), parse_arguments(arguments)
     evaluator = Evaluator(args.weights, args.seeds)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    wanted, rows, exact = list(jobs(args)), [], {}
-    cases = dict.fromkeys((job.length, job.name, job.fidelity) for job in wanted)
+    wanted, rows, exact = list(dict.fromkeys(jobs(args))), [], {}
     with ThreadPoolExecutor(4) as pool:
         # Compiled ahead, in the order of need, while the device works.
-        ahead = {case: pool.submit(evaluator.compiled, *case) for case in cases}
+        ahead = compile_ahead(pool, evaluator, wanted)
         for job in tqdm(wanted, unit="case"):
             if time.monotonic() - began > args.seconds:
                 print(f"out of time before {job}")
                 break
-            ahead[job.length, job.name, job.fidelity].result()
+            ahead[job].result()
             for row in evaluator.run(job):
                 if job.name == "exact":
                     exact[row["seed"], row["length"]] = row["losses"]

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name in args.contenders:
         job = Job(args.length, name, args.fraction, args.texts, fidelity=False)
-        evaluate = evaluator.compiled(job.length, job.name, job.fidelity)
+        evaluate = evaluator.compiled(job)
         for index, seed in enumerate(args.seeds):
             parameters = evaluator.parameters(job, index)
             for depth in tqdm(depths, desc=f"{name}, seed {seed}"):

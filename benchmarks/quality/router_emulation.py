@@ -149,7 +149,7 @@ def predict(
         coarse,
         super_coarse & (routing.highest >= SUPER),
         forced,
-        _operations(length, heads, kv_heads, head_dim, fraction, routing),
+        jnp.asarray(planning_operations(query.shape, kv_heads, fraction, routing)),
     )
 
 
@@ -203,10 +203,11 @@ def _best(scores: Array, count: Array) -> Array:
     return (scores >= descending[..., last][..., None]) & (count > 0)
 
 
-def _operations(
-    length: int, heads: int, kv_heads: int, head_dim: int, fraction: Array, routing: Routing
-) -> Array:
+def planning_operations(
+    query_shape: tuple[int, ...], kv_heads: int, fraction: Array | float, routing: Routing
+) -> Array | float:
     """Operations of summaries, of both stages and of the state."""
+    length, heads, head_dim = query_shape
     group, tiles = heads // kv_heads, length // TILE
     pairs = kv_heads * tiles * (length / 2) / GRANULE  # of a tile and a granule that it sees
     coarse = pairs * (TILE // SUB_QUERY) * group * 2

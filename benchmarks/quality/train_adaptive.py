@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import library
 import numpy as np
 from contenders import Contender, Sizes
 from corpus import Corpus, load_corpus, spread_windows
@@ -71,6 +72,8 @@ def differentiable(contender: Contender, sizes: Sizes, fraction: float) -> Atten
     """
     if contender.name == "exact":
         return exact_attention
+    if contender.name == "jax_aat":
+        return partial(library.attention, fraction=fraction)
     parameters = contender.parameters(sizes, fraction)
 
     @partial(jax.checkpoint, prevent_cse=False)
