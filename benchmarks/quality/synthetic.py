@@ -27,7 +27,6 @@ from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
 from model import default_dtype
 from ours import OURS
-from tabulate import tabulate
 from tqdm import tqdm
 
 CONTENDERS = {contender.name: contender for contender in [OURS, *BASELINES]}
@@ -146,7 +145,7 @@ def found(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures every case and prints a table of each."""
+    """Measures every case and prints the figures."""
     args = parse_arguments(arguments)
     sizes = Sizes(args.length, args.heads, args.kv_heads, args.head_dim)
     rows: list[dict[str, Any]] = []
@@ -172,19 +171,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(rows: list[dict[str, Any]], fractions: list[float]) -> str:
-    """The error of every case, and the share of needles found over all depths, in markdown."""
+    """The error of every case, and the share of needles found over all depths, by fraction."""
     cells: dict[tuple[str, str, float], list[float]] = {}
     for row in rows:
         key = (row["case"], row["contender"], row["fraction"])
         cells.setdefault(key, []).append(row.get("found", row.get("error")))
-    names = list(dict.fromkeys((case, contender) for case, contender, _ in cells))
-    lines = [
-        [case, "found" if "needle" in case else "error of o", contender]
-        + [f"{np.mean(cells[case, contender, fraction]):.4f}" for fraction in fractions]
-        for case, contender in names
-    ]
-    headers = ["case", "figure", "attention", *(f"{fraction:.4g}" for fraction in fractions)]
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    lines = [" " * 46 + "".join(f"{fraction:9.4g}" for fraction in fractions)]
+    for case, contender in dict.fromkeys((case, contender) for case, contender, _ in cells):
+        figure = "found" if "needle" in case else "error of o"
+        shown = [f"{np.mean(cells[case, contender, fraction]):9.4f}" for fraction in fractions]
+        lines.append(f"{case:14s} {figure:14s} {contender:17s}" + "".join(shown))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
