@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_aat.levels import EXACT, GRANULE, Grid, unpack_levels
-from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
+from jax_aat.levels import EXACT, Grid, unpack_levels
+from jax_aat.problem import Operands, Options, Slot
+from jax_aat.rows import LOGITS_AT_ONCE, by_granule, probabilities
 from jax_aat.tiles import PRECISION
-
-LOGITS_AT_ONCE = 2**24
-"""Logits that the audit holds at a time."""
 
 _DEGREES = (0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 30, 60, np.inf)
 _STUDENT = (
@@ -203,7 +201,7 @@ def _compare(
     positions: jax.Array,
 ) -> dict[str, jax.Array]:
     """What one batch entry's rows at `positions` [R] tell, each [R, N]."""
-    weights, seen = _softmax_rows(operands, options, grid, positions)
+    weights, seen = probabilities(operands, options, grid, positions)
     precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
     v = operands[Slot.V].astype(weights.dtype)
     grouped = weights.reshape(grid.kv_heads, -1, *weights.shape[1:])
@@ -211,7 +209,7 @@ def _compare(
     exact = exact.reshape(-1, grid.heads, exact.shape[-1])
     out = operands[Slot.OUT][positions].astype(weights.dtype)
 
-    mass, seen = (_by_granule(x, grid.granules) for x in (weights, seen))
+    mass, seen = (by_granule(x, grid.granules) for x in (weights, seen))
     mass, seen = mass.sum(-1), seen.any(-1)
     level = unpack_levels(levels[:, positions // grid.positions], grid.granules)
     fine = jnp.repeat(level == EXACT, grid.tile_heads, axis=0) & seen
@@ -225,56 +223,6 @@ def _compare(
         "norm": (out**2).sum(-1),
     }
     return {name: x.astype(jnp.float32) for name, x in by_row.items()}
-
-
-def _softmax_rows(
-    operands: dict[Slot, jax.Array], options: Options, grid: Grid, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Exact probabilities of rows [N, R, S], and which keys they see, broadcasts to these."""
-    dtype = accumulation_dtype(operands[Slot.Q].dtype)
-    precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
-    q, k = (operands[slot].astype(dtype) for slot in (Slot.Q, Slot.K))
-    q = q[positions].reshape(len(positions), grid.kv_heads, -1, q.shape[-1])
-    logits = jnp.einsum("rkgh,skh->kgrs", q, k, precision=precision) * options.scale
-    logits = logits.reshape(grid.heads, *logits.shape[2:])
-    if options.soft_cap:
-        logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
-    if Slot.BIAS in operands:
-        logits += _rows(operands[Slot.BIAS], positions).astype(dtype)
-
-    t, s = positions[:, None], jnp.arange(grid.keys)
-    left, right = options.window
-    visible = jnp.ones((1, len(positions), grid.keys), bool)
-    if options.causal:
-        visible &= s <= t
-    if left >= 0:
-        visible &= s >= t - left
-    if right >= 0:
-        visible &= s <= t + right
-    if Slot.Q_LENGTHS in operands:
-        visible &= t < operands[Slot.Q_LENGTHS]
-    if Slot.KV_LENGTHS in operands:
-        visible &= s < operands[Slot.KV_LENGTHS]
-    if Slot.Q_SEGMENTS in operands:
-        visible &= operands[Slot.Q_SEGMENTS][positions][:, None] == operands[Slot.KV_SEGMENTS]
-    if Slot.MASK in operands:
-        visible &= _rows(operands[Slot.MASK], positions)
-    logits = jnp.where(visible, logits, -jnp.inf)
-    largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.exp(logits - jnp.where(largest == -jnp.inf, 0, largest))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30), visible
-
-
-def _rows(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rows of [N or 1, T or 1, S or 1]."""
-    return x if x.shape[-2] == 1 else x[:, positions]
-
-
-def _by_granule(x: jax.Array, granules: int) -> jax.Array:
-    """Splits the last axis into [granules, 16], padded with 0."""
-    missing = granules * GRANULE - x.shape[-1]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return padded.reshape(*x.shape[:-1], granules, GRANULE)
 
 
 def _ratio(x: Any, y: Any, otherwise: Any) -> jax.Array:
