@@ -2,7 +2,10 @@
 
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
+from jax_aat.audit import Audit
 from jax_aat.plan import TilePlan
+from jax_aat.report import Report
+from jax_aat.state import ResolutionState
 from jax_aat.vulkan import (
     Device,
     Dispatch,
@@ -15,8 +18,11 @@ from jax_aat.vulkan import (
 
 __all__ = [
     "Adaptation",
+    "Audit",
     "Device",
     "Dispatch",
+    "Report",
+    "ResolutionState",
     "TilePlan",
     "default_device",
     "devices",

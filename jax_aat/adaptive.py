@@ -1,16 +1,24 @@
-"""Adaptive attention of checked operands: plan, coarse rows, the primitive, the correction."""
+"""Adaptive attention of checked operands: plan, coarse rows, the primitive, the correction.
+
+`attend` is one call at the levels of a plan; `attend_observed` plans by a state, audits, reports.
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_aat.adaptation import Adaptation
+from jax_aat.audit import Audit, audit, choose_rows
 from jax_aat.plan import TilePlan
 from jax_aat.primitives import forward
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pyramid import coarse_rows, correction
+from jax_aat.report import Report, make_report
 from jax_aat.router import has_state
+from jax_aat.row_bounds import row_bounds
+from jax_aat.state import ResolutionState
 
 
 def attend(
@@ -19,7 +27,6 @@ def attend(
     adaptation: Adaptation,
     implementation: str,
     plan: TilePlan | None = None,
-    log_lambda: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, TilePlan]:
     """Attention at the levels of a plan.
 
@@ -29,13 +36,12 @@ def attend(
       adaptation: How a plan is made if none is given, and which levels are corrected.
       implementation: 'xla' or 'vulkan'.
       plan: Levels to use; None: chosen for these operands.
-      log_lambda: The price to plan by where `adaptation` has a tolerance, broadcasts to [B, L].
 
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
     if plan is None:
-        plan = TilePlan.choose(operands, options, adaptation, log_lambda)
+        plan = TilePlan.choose(operands, options, adaptation)
     else:
         plan = plan.for_call(operands, options)
     plan = jax.tree.map(jax.lax.stop_gradient, plan)
@@ -49,3 +55,73 @@ def attend(
     values[Slot.LEVEL_BIAS] = state.level_bias.astype(jnp.float32)
     out, lse, shares = forward(values, options, implementation)
     return state.applied(out, shares), lse, plan
+
+
+def attend_observed(
+    operands: Operands,
+    options: Options,
+    adaptation: Adaptation,
+    implementation: str,
+    plan: TilePlan | None = None,
+    state: ResolutionState | None = None,
+    *,
+    reports: bool = False,
+    certifies: bool = False,
+) -> tuple[jax.Array, jax.Array, ResolutionState | None, Report | None]:
+    """Attention that a state steers, with the state after it and a report.
+
+    Args:
+      operands: Those of the call, with one batch axis [B], no axis of size 0.
+      options: Those of the call.
+      adaptation: That of the call.
+      implementation: 'xla' or 'vulkan'.
+      plan: Levels to use; None: those of the state, or chosen for these operands.
+      state: That before the call.
+      reports: Whether to report.
+      certifies: Whether the report has certified bounds.
+
+    Returns:
+      out [B, T, N, H], logsumexp [B, T, N], the next state if there is one, the report if wanted.
+    """
+    if plan is None and state is not None:
+        plan = _planned(operands, options, adaptation, state)
+    out, lse, plan = attend(operands, options, adaptation, implementation, plan)
+    if state is None and not reports:
+        return out, lse, None, None
+    found = Audit.empty(plan.grid.heads)
+    # Without a tolerance nobody but the report asks what an audit finds.
+    audits = adaptation.audit_rate > 0 and (reports or adaptation.tolerance is not None)
+    if audits:
+        seed, step = (0, 0) if state is None else (state.seed, state.step)
+        batch, queries = out.shape[:2]
+        rows = choose_rows(seed, step, batch, queries, adaptation.audit_rate)
+        found = audit(operands, options, out, plan.levels, plan.grid, *rows)
+    bound = None
+    if certifies:
+        bound = row_bounds(operands, options, plan, out, implementation)
+    previous = None if state is None else state.levels
+    report = make_report(operands, options, plan, found, previous, bound)
+    following = None
+    if state is not None:
+        by_list = report.spent[:: plan.grid.tile_heads]
+        following = state.after_call(plan, found if audits else None, by_list)
+    return out, lse, following, report if reports else None
+
+
+def _planned(
+    operands: Operands, options: Options, adaptation: Adaptation, state: ResolutionState
+) -> TilePlan:
+    """The plan of a call by its state: a new one every `replan_every` calls."""
+
+    def chosen() -> TilePlan:
+        return TilePlan.choose(operands, options, adaptation, state.log_price, state.levels)
+
+    if state.plan is None:
+        return chosen()
+    kept = state.plan
+    planned: TilePlan = lax.cond(
+        state.step % adaptation.replan_every == 0,
+        chosen,
+        lambda: kept.for_call(operands, options),
+    )
+    return planned

@@ -94,7 +94,7 @@ def check(
     options = Options(
         scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
         causal=bool(is_causal),
-        window=_window(local_window_size),
+        window=window(local_window_size),
         soft_cap=0.0 if logits_soft_cap is None else _soft_cap(logits_soft_cap),
     )
     return Checked(operands, options, batched)
@@ -199,7 +199,13 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...], layout: str)
     return x.reshape(full)
 
 
-def _window(window: int | tuple[int, int] | None) -> tuple[int, int]:
+def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
+    """`local_window_size` as (left, right), -1: unbounded.
+
+    Raises:
+      TypeError: It has a type that is not allowed.
+      ValueError: A side is negative.
+    """
     if window is None:
         return (-1, -1)
     sides = tuple(window) if isinstance(window, tuple | list) else (window, window)

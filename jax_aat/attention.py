@@ -1,5 +1,6 @@
 """`tiled_attention`: the public function."""
 
+import dataclasses
 from typing import Any, Literal, overload
 
 import jax
@@ -9,9 +10,10 @@ from jax.typing import ArrayLike
 from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
 from jax_aat.adaptation import Adaptation
-from jax_aat.plan import TilePlan
+from jax_aat.plan import TilePlan, grid_of
 from jax_aat.primitives import forward
 from jax_aat.problem import Operands, Options, Slot
+from jax_aat.state import ResolutionState
 
 Implementation = Literal["vulkan", "xla"]
 
@@ -35,7 +37,8 @@ def tiled_attention(
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
-    state: Any = None,
+    state: None = None,
+    return_report: Literal[False] = ...,
     return_residual: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -59,9 +62,16 @@ def tiled_attention(
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
-    state: Any = None,
+    state: None = None,
+    return_report: Literal[False] = ...,
     return_residual: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
+
+
+@overload
+def tiled_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, *args: Any, **kwargs: Any
+) -> Any: ...
 
 
 def tiled_attention(
@@ -82,9 +92,10 @@ def tiled_attention(
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
-    state: Any = None,
+    state: ResolutionState | None = None,
+    return_report: bool | Literal["certified"] = False,
     return_residual: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     r"""Softmax attention, tile by tile: memory is linear in the lengths.
 
     A drop-in for `jax.nn.dot_product_attention`, with segment ids and a soft cap besides. With
@@ -121,7 +132,11 @@ def tiled_attention(
         gradient is that of the chosen levels, which have none themselves.
       plan: Levels to use, from `plan_tiles` for arguments of the same shapes, causality and window;
         None: chosen for this call.
-      state: What has `log_lambda`, the logarithm of the price to plan by under a tolerance.
+      state: What calls remember, see `ResolutionState.init`. The state after the call is returned
+        as well; a tolerance needs one, and levels settle with it.
+      return_report: Also return a `Report` of what was done and, by an audit of some rows, how
+        well. 'certified': with a certified bound on the error of every row, at the cost of a second
+        call in float32 and more.
       return_residual: Also return the logsumexp of the logits of every row.
 
     Returns:
@@ -129,6 +144,8 @@ def tiled_attention(
       `return_residual` also logsumexp, [B, T, N] ([T, N]), in the dtype of query as
       `jax.nn.dot_product_attention` gives it; for a row that sees no key it is -0.7 times the
       largest float32 (in float16 the lowest number). Unlike there, gradients flow through it.
+      A next state and a report follow it, in this order, where they are wanted; no gradient flows
+      through these.
 
     Raises:
       TypeError: An argument has a type or dtype that is not allowed.
@@ -154,19 +171,24 @@ def tiled_attention(
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
     adaptation = _adaptation(adaptation, plan, state)
+    _check_observation(checked.operands, adaptation, state, return_report)
     empty = any(x.size == 0 for x in checked.operands.values())
+    following, report = state, None
     if adaptation is None or empty:
         out, lse = _attend(checked.operands, checked.options, chosen)
     else:
-        log_lambda = None if state is None else state.log_lambda
-        out, lse, _ = _attend_adaptively(
-            checked.operands, checked.options, adaptation, chosen, plan, log_lambda
+        out, lse, following, report = _attend_adaptively(
+            checked.operands, checked.options, adaptation, chosen, plan, state, return_report
         )
     lowest = jnp.finfo(q.dtype).min
     residual = jnp.maximum(lse, lowest).astype(q.dtype)
     if not checked.batched:
         out, residual = out[0], residual[0]
-    return (out, residual) if return_residual else out
+        if report is not None and report.bound is not None:
+            report = dataclasses.replace(report, bound=report.bound[0])
+    wanted = (True, return_residual, state is not None, bool(return_report))
+    results = [x for x, w in zip((out, residual, following, report), wanted, strict=True) if w]
+    return tuple(results) if len(results) > 1 else out
 
 
 def plan_tiles(
@@ -185,7 +207,7 @@ def plan_tiles(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
-    state: Any = None,
+    state: ResolutionState | None = None,
 ) -> TilePlan:
     """Chooses at which level each tile of queries sees each granule of keys.
 
@@ -220,8 +242,9 @@ def plan_tiles(
             "expected no axis of size 0"
         )
     _adaptation(adaptation, None, state)
-    log_lambda = None if state is None else state.log_lambda
-    return TilePlan.choose(checked.operands, checked.options, adaptation, log_lambda)
+    _check_observation(checked.operands, adaptation, state, False)
+    past = () if state is None else (state.log_price, state.levels)
+    return TilePlan.choose(checked.operands, checked.options, adaptation, *past)
 
 
 def _adaptation(
@@ -240,23 +263,66 @@ def _adaptation(
     return adaptation
 
 
+def _check_observation(
+    operands: Operands,
+    adaptation: Adaptation | None,
+    state: ResolutionState | None,
+    return_report: bool | str,
+) -> None:
+    """Checks what concerns state and report."""
+    if return_report not in (False, True, "certified"):
+        raise ValueError(
+            f"return_report: got {return_report!r}, expected False, True or 'certified'"
+        )
+    if adaptation is None:
+        for name, given in (("state", state is not None), ("return_report", return_report)):
+            if given:
+                raise ValueError(f"{name}: needs an adaptation or a plan, got neither")
+        return
+    if return_report and any(x.size == 0 for x in operands.values()):
+        raise ValueError("return_report: got an axis of size 0, of which nothing can be reported")
+    if state is not None:
+        if not isinstance(state, ResolutionState):
+            raise TypeError(f"state: got {state!r}, expected a jax_aat.ResolutionState or None")
+        grid = grid_of(operands, adaptation)
+        shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles, grid.words)
+        if state.levels.shape != shape or state.audit.rows.shape != (grid.heads,):
+            raise ValueError(
+                f"state: was made for levels {state.levels.shape} of {state.audit.rows.shape[-1]} "
+                f"heads, the call has {shape} of {grid.heads}: make one by ResolutionState.init "
+                "for these shapes and this adaptation"
+            )
+        if (state.plan is None) != (adaptation.replan_every == 1):
+            raise ValueError(
+                f"state: was made for another replan_every than {adaptation.replan_every}: make "
+                "one by ResolutionState.init for this adaptation"
+            )
+
+
 def _attend_adaptively(
     operands: Operands,
     options: Options,
     adaptation: Adaptation,
     implementation: str,
     plan: TilePlan | None,
-    log_lambda: jax.Array | None,
+    state: ResolutionState | None,
+    return_report: bool | str,
 ) -> Any:
-    """`adaptive.attend` where mesh axes may be Explicit: results are sharded as q is."""
+    """`adaptive.attend_observed` where mesh axes may be Explicit: results are sharded as q is."""
     spec = jax.typeof(operands[Slot.Q]).sharding.spec
-    entry = jax.sharding.PartitionSpec(*spec[:1])
+    whole = jax.sharding.PartitionSpec()
     return in_auto_mesh(
-        lambda values: adaptive.attend(
-            values[0], options, adaptation, implementation, values[1], values[2]
+        lambda values: adaptive.attend_observed(
+            values[0],
+            options,
+            adaptation,
+            implementation,
+            *values[1:],
+            reports=bool(return_report),
+            certifies=return_report == "certified",
         ),
-        (operands, plan, log_lambda),
-        (spec, jax.sharding.PartitionSpec(*spec[:-1]), entry),
+        (operands, plan, state),
+        (spec, jax.sharding.PartitionSpec(*spec[:-1]), whole, whole),
     )
 
 

@@ -107,7 +107,7 @@ _STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
 
 
 def choose_rows(
-    seed: jax.Array, step: jax.Array, batch: int, queries: int, rate: float
+    seed: jax.Array | int, step: jax.Array | int, batch: int, queries: int, rate: float
 ) -> tuple[jax.Array, np.ndarray[Any, Any]]:
     """Draws the rows to audit: one of every stretch of 1 / `rate`, by counter.
 

@@ -139,5 +139,21 @@ def unpack_levels(words: jax.Array, granules: int) -> jax.Array:
     return jnp.reshape(fields, (*words.shape[:-1], -1))[..., :granules]
 
 
+def settled(
+    finer: jax.Array, level: jax.Array, coarser: jax.Array, previous: jax.Array
+) -> jax.Array:
+    """Levels with hysteresis.
+
+    Args:
+      finer: Levels [...] at a price somewhat lower.
+      level: Levels at the price.
+      coarser: Levels at one somewhat higher.
+      previous: Levels of the last call; what was hidden has no say.
+    """
+    previous = previous.astype(level.dtype)
+    kept = jnp.clip(previous, jnp.minimum(finer, coarser), jnp.maximum(finer, coarser))
+    return jnp.where(previous == HIDDEN, level, kept)
+
+
 def _shifts() -> jax.Array:
     return 2 * jnp.arange(_FIELDS, dtype=jnp.uint32)

@@ -67,10 +67,11 @@ class TilePlan:
         options: Options,
         adaptation: Adaptation,
         log_lambda: jax.Array | None = None,
+        previous: jax.Array | None = None,
     ) -> "TilePlan":
         """Plans a call; arguments as those of `jax_aat.router.route`."""
         grid = grid_of(operands, adaptation)
-        levels, log_lambda = route(operands, options, grid, adaptation, log_lambda)
+        levels, log_lambda = route(operands, options, grid, adaptation, log_lambda, previous)
         return cls.of_levels(levels, log_lambda, operands, options, adaptation)
 
     @classmethod
@@ -87,6 +88,33 @@ class TilePlan:
         capacity = Capacity.of(grid, options.causal, options.window)
         lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
         return cls(levels, *lists, log_lambda, grid, adaptation, options.causal, options.window)
+
+    @classmethod
+    def unfilled(
+        cls,
+        grid: Grid,
+        adaptation: Adaptation,
+        causal: bool,
+        window: tuple[int, int],
+        batch: int,
+    ) -> "TilePlan":
+        """A plan that hides everything, in the shapes of those of a call; to be replaced."""
+        capacity = Capacity.of(grid, causal, window)
+        tiles = (batch, grid.lists, grid.tiles)
+        key_tiles = grid.key_tiles + grid.coarse_tiles
+
+        def filled(*shape: int, value: int = 0) -> jax.Array:
+            return jnp.full(shape, value, jnp.uint32)
+
+        return cls(
+            filled(*tiles, grid.words, value=0xFFFFFFFF),
+            filled(*tiles, 4),
+            filled(batch, grid.lists, capacity.entries, value=0xFFFFFFFF),
+            filled(batch, grid.kv_heads, key_tiles, 4),
+            filled(batch, grid.kv_heads, capacity.key_entries, value=0xFFFFFFFF),
+            jnp.zeros((batch, grid.lists), jnp.float32),
+            *(grid, adaptation, causal, window),
+        )
 
     def for_call(self, operands: Operands, options: Options) -> "TilePlan":
         """The plan for a call, which must have the shapes, causality and window of its own.

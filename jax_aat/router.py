@@ -15,7 +15,17 @@ from jax import lax
 
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, GRANULE, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels
+from jax_aat.levels import (
+    EXACT,
+    GRANULE,
+    HIDDEN,
+    MEAN,
+    SUPER_MEAN,
+    Grid,
+    pack_levels,
+    settled,
+    unpack_levels,
+)
 from jax_aat.problem import Operands, Options, Slot, extents
 from jax_aat.scores import FINE, Keys, Queries, predict, subqueries
 
@@ -28,6 +38,8 @@ NOMINAL = 0.125
 _LEAST_CANDIDATES = 0.125
 _STATE_SHARE = 0.25
 """The state may take this share of the budget."""
+MARGIN = 1.2
+"""A level changes only where it would at a price this much less or more as well."""
 _CHUNK = 2**22
 """Elements that the largest array of a chunk of tiles may have."""
 _KEPT = 0x6F00
@@ -42,6 +54,7 @@ def route(
     grid: Grid,
     adaptation: Adaptation,
     log_lambda: jax.Array | None = None,
+    previous: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses levels.
 
@@ -51,6 +64,8 @@ def route(
       grid: How the call is cut.
       adaptation: What to aim at.
       log_lambda: With a tolerance, the price to use, broadcasts to [B, L]; natural logarithm.
+      previous: Levels of the last call, [B, L, I, W]; without a budget, which it could exceed, they
+        change only where a price `MARGIN` times less or more would change them too.
 
     Returns:
       Levels [B, L, I, W] uint32 and the natural logarithm of lambda, [B, L] float32.
@@ -75,13 +90,21 @@ def route(
             raise ValueError("tolerance: got no state, expected one that holds lambda")
         price = _upper_half(jnp.exp(jnp.asarray(log_lambda, jnp.float32)))
     price = jnp.broadcast_to(price, shape)
-    at = price[..., None, None]
-    coarse = MEAN if MEAN in adaptation.levels else HIDDEN
-    level = jnp.where(leaves_exact >= at, EXACT, coarse)
-    if SUPER_MEAN in adaptation.levels:
-        level = jnp.where((level == MEAN) & (leaves_mean < at), SUPER_MEAN, level)
-    level = whole.applied(level, drops=coarse == HIDDEN)
     value = lax.bitcast_convert_type(price.astype(jnp.uint32) << 16, jnp.float32)
+    coarse = MEAN if MEAN in adaptation.levels else HIDDEN
+
+    def level_at(price: jax.Array) -> jax.Array:
+        at = price[..., None, None]
+        level = jnp.where(leaves_exact >= at, EXACT, coarse)
+        if SUPER_MEAN in adaptation.levels:
+            level = jnp.where((level == MEAN) & (leaves_mean < at), SUPER_MEAN, level)
+        return level
+
+    level = level_at(price)
+    if previous is not None and adaptation.budget is None:
+        finer, coarser = (level_at(_upper_half(x)) for x in (value / MARGIN, value * MARGIN))
+        level = settled(finer, level, coarser, unpack_levels(previous, grid.granules))
+    level = whole.applied(level, drops=coarse == HIDDEN)
     return pack_levels(level), jnp.log(value)
 
 
@@ -165,7 +188,8 @@ def _price_of(spare: jax.Array, leaves_exact: jax.Array, leaves_mean: jax.Array)
 
     shape = spare.shape
     low, high = jnp.zeros(shape, jnp.uint32), jnp.full(shape, _INFINITE, jnp.uint32)
-    return lax.fori_loop(0, 15, halved, (low, high))[1]
+    _, price = lax.fori_loop(0, 15, halved, (low, high))
+    return jnp.asarray(price)
 
 
 def _upper_half(x: jax.Array) -> jax.Array:

@@ -73,5 +73,3 @@ def by_granule(x: jax.Array, granules: int) -> jax.Array:
     missing = granules * GRANULE - x.shape[-1]
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     return padded.reshape(*x.shape[:-1], granules, GRANULE)
-
-

@@ -1,7 +1,7 @@
 """`ResolutionState`: what adaptive attention remembers from call to call.
 
-It holds lambda, the price of a row, for every list (the query heads that share a tile), the levels
-of the last call and a moving average of its audits. With a tolerance the audits steer lambda:
+It holds lambda, the price of a row, for every list (the query heads that share tiles), the levels
+of the last call and a moving average of the audits. With a tolerance the audits steer lambda:
 
     d log(lambda) / dt = eta log(tolerance / audited error)
 """
@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_aat import arguments
+from jax_aat.adaptation import Adaptation
 from jax_aat.audit import Audit
 from jax_aat.levels import EXACT, HIDDEN, MEAN, Grid, unpack_levels
+from jax_aat.plan import TilePlan
 
 LEAST, MOST = 1e-12, 10.0
 """Lambda is kept between these: nearly everything is exact at one, nothing that may not at the
@@ -30,13 +33,11 @@ MEMORY = 0.3
 """Weight of a new audit in the moving average."""
 REST = 50
 """Calls for which a list stays exact once it has turned out that it cannot save anything."""
-MARGIN = 1.2
-"""A level changes only where it would at a price this much less or more as well."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["log_lambda", "rest", "levels", "audit", "step", "seed"],
+    data_fields=["log_lambda", "rest", "levels", "audit", "step", "seed", "plan"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ResolutionState:
       audit: Moving average of the audits, by head.
       step: Calls so far, int32; with `seed` it decides which rows are audited.
       seed: uint32.
+      plan: That of the last call, where it serves several (`Adaptation.replan_every`); else None.
     """
 
     log_lambda: jax.Array
@@ -60,19 +62,56 @@ class ResolutionState:
     audit: Audit
     step: jax.Array
     seed: jax.Array
+    plan: TilePlan | None = None
+
+    @classmethod
+    def init(
+        cls,
+        query: Any,
+        key: Any,
+        adaptation: Adaptation,
+        *,
+        is_causal: bool = False,
+        local_window_size: int | tuple[int, int] | None = None,
+        threshold: float = 1e-4,
+        seed: int = 0,
+    ) -> "ResolutionState":
+        """The state before the first call of `tiled_attention` with these arguments.
+
+        Args:
+          query: [B, T, N, H] or [T, N, H]; an array or anything that has a shape.
+          key: [B, S, K, H] or [S, K, H], likewise.
+          adaptation: That of the calls.
+          is_causal: That of the calls.
+          local_window_size: That of the calls.
+          threshold: Lambda to start from; matters with a tolerance only.
+          seed: Of the audits.
+
+        Raises:
+          ValueError: A shape does not fit, or `threshold` is not a positive number.
+        """
+        q, k = tuple(query.shape), tuple(key.shape)
+        if len(q) not in (3, 4) or len(k) != len(q):
+            raise ValueError(
+                f"query and key: got shapes {q} and {k}, expected [B, T, N, H] and [B, S, K, H], "
+                "or both without B"
+            )
+        if not 0 < threshold < float("inf"):
+            raise ValueError(f"threshold: got {threshold}, expected a positive number")
+        batch = q[0] if len(q) == 4 else 1
+        grid = Grid(q[-3], k[-3], q[-2], k[-2], adaptation.query_tile)
+        state = cls.of_grid(grid, batch, threshold, seed)
+        if adaptation.replan_every == 1:
+            return state
+        window = arguments.window(local_window_size)
+        plan = TilePlan.unfilled(grid, adaptation, bool(is_causal), window, batch)
+        return dataclasses.replace(state, plan=plan)
 
     @classmethod
     def of_grid(
         cls, grid: Grid, batch: int, threshold: float = 1e-4, seed: int = 0
     ) -> "ResolutionState":
-        """The state before the first call.
-
-        Args:
-          grid: How the call is cut.
-          batch: B.
-          threshold: Lambda to start from.
-          seed: Of the audits.
-        """
+        """The state before the first call, without room for a plan; arguments as in `init`."""
         return cls(
             log_lambda=jnp.full(grid.lists, jnp.log(threshold), jnp.float32),
             rest=jnp.zeros(grid.lists, jnp.int32),
@@ -89,6 +128,13 @@ class ResolutionState:
         """Logarithm of lambda as the next call uses it, [L]; -inf where it is to be exact."""
         return jnp.where(self.rest > 0, -jnp.inf, self.log_lambda)
 
+    def after_call(
+        self, plan: TilePlan, audit: Audit | None, spent: jax.Array
+    ) -> "ResolutionState":
+        """The state after a call with a plan; arguments as those of `after`."""
+        state = self.after(plan.levels, audit, spent, plan.adaptation.tolerance)
+        return state if self.plan is None else dataclasses.replace(state, plan=plan)
+
     def after(
         self,
         levels: jax.Array,
@@ -101,8 +147,8 @@ class ResolutionState:
         Args:
           levels: Levels of the call.
           audit: What its audit found; None: it had none.
-          spent: With a tolerance, FLOPs of each list, planning included, over those of exact
-            attention, [L].
+          spent: With a tolerance, FLOPs of each list, planning included, over those of reading all
+            that its tiles see exactly, [L].
           tolerance: Relative error to keep; None: lambda stays.
         """
         state = dataclasses.replace(self, levels=levels, step=self.step + 1)
@@ -133,21 +179,6 @@ class ResolutionState:
         rest = jnp.where(futile, REST, jnp.maximum(self.rest - 1, 0))
         log_lambda = jnp.where(known, moved, self.log_lambda)
         return dataclasses.replace(self, log_lambda=log_lambda, rest=rest)
-
-
-def settled(
-    finer: jax.Array, level: jax.Array, coarser: jax.Array, previous: jax.Array
-) -> jax.Array:
-    """Levels with hysteresis.
-
-    Args:
-      finer: Levels [...] at a price `MARGIN` times less.
-      level: Levels at the price.
-      coarser: Levels at a price `MARGIN` times more.
-      previous: Levels of the last call; what was hidden has no say.
-    """
-    kept = jnp.clip(previous, jnp.minimum(finer, coarser), jnp.maximum(finer, coarser))
-    return jnp.where(previous == HIDDEN, level, kept)
 
 
 def resolution_change(levels: jax.Array, previous: jax.Array, granules: int) -> jax.Array:

@@ -1,0 +1,230 @@
+"""`Report`: what an adaptive call did and how well, by head.
+
+The definitions of the metrics stand in `docs/adaptation.md`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_aat.audit import Audit
+from jax_aat.boundary import boundary
+from jax_aat.levels import EXACT, SUPER_TILE, unpack_levels
+from jax_aat.plan import TilePlan
+from jax_aat.problem import Operands, Options, Slot
+from jax_aat.router import dense_flops, has_state, planning_flops
+from jax_aat.state import resolution_change
+
+LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        *("levels", "forced", "flops", "planning_flops", "dense_flops", "tiled_flops"),
+        *("overhead", "change", "log_lambda", "audit", "bound"),
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A pytree of arrays on the device; reading or printing it waits for them.
+
+    Attributes are of N heads, float32, unless said otherwise. Heads that share tiles share what is
+    said of tiles. Reports of a scan or a vmap have further leading axes; printed are their means.
+
+    Attributes:
+      levels: [N, 4]: of the granules that tiles see, the share at each level; the last one is of
+        those that are left out.
+      forced: Share of the granules that are exact because causality, window, lengths, segments,
+        mask or bias allow nothing else.
+      flops: FLOPs a query for the rows that are read.
+      planning_flops: FLOPs a query for summaries, routing and state.
+      dense_flops: FLOPs a query of exact attention over the pairs that see each other.
+      tiled_flops: FLOPs a query if every granule that tiles see were exact.
+      overhead: Cross-tile overhead: bytes of lists, levels, coarse rows and state over bytes of
+        exact keys and values read.
+      change: dR/dt: mean absolute change of log2 rows a granule since the state's last call.
+      log_lambda: Natural logarithm of the price of a row, mean over the batch.
+      audit: What the audited rows say; its `rows` are 0 where there were none.
+      bound: Certified bound on ||out - exact out|| of each row, [B, T, N] ([T, N]); None unless it
+        was asked for.
+    """
+
+    levels: jax.Array
+    forced: jax.Array
+    flops: jax.Array
+    planning_flops: jax.Array
+    dense_flops: jax.Array
+    tiled_flops: jax.Array
+    overhead: jax.Array
+    change: jax.Array
+    log_lambda: jax.Array
+    audit: Audit
+    bound: jax.Array | None = None
+
+    @property
+    def relative_flops(self) -> jax.Array:
+        """FLOPs spent, planning included, over those of exact attention."""
+        return (self.flops + self.planning_flops) / jnp.maximum(self.dense_flops, 1)
+
+    @property
+    def spent(self) -> jax.Array:
+        """FLOPs spent over those of reading all that tiles see exactly; 1 and more saves none."""
+        return (self.flops + self.planning_flops) / jnp.maximum(self.tiled_flops, 1)
+
+    @property
+    def information_flow_quality(self) -> jax.Array:
+        """IFQ: 1 - ||out - exact out||^2 / ||exact out||^2, estimated by the audit."""
+        return self.audit.information_flow_quality
+
+    @property
+    def compute_to_efficiency(self) -> jax.Array:
+        """CER: `relative_flops` over IFQ."""
+        quality = self.information_flow_quality
+        return jnp.where(
+            quality > 0, self.relative_flops / jnp.where(quality > 0, quality, 1), jnp.inf
+        )
+
+    @property
+    def adaptation_efficiency(self) -> jax.Array:
+        """AE: attention mass at level 0 over that of the best set of the same size."""
+        return self.audit.adaptation_efficiency
+
+    @property
+    def relative_error(self) -> jax.Array:
+        """||out - exact out|| / ||exact out||, estimated by the audit."""
+        return self.audit.relative_error
+
+    @property
+    def relative_error_interval(self) -> jax.Array:
+        """95% confidence interval of `relative_error`, [N, 2]."""
+        return self.audit.interval
+
+    def __str__(self) -> str:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return f"Report({self.flops.shape[-1]} heads; traced)"
+        heads = self.flops.shape[-1]
+
+        def mean(x: Any) -> Any:
+            return np.asarray(x, np.float64).reshape(-1, heads).mean(0)
+
+        columns = {name: _percent(mean(self.levels[..., i])) for i, name in enumerate(LEVEL_NAMES)}
+        columns["forced"] = _percent(mean(self.forced))
+        columns["FLOPs"] = _percent(mean(self.relative_flops))
+        columns["a token"] = [f"{x:.3g}" for x in mean(self.flops + self.planning_flops)]
+        if np.asarray(self.audit.rows).max(initial=0) > 0:
+            low, high = (mean(self.relative_error_interval[..., i]) for i in range(2))
+            columns["IFQ"] = _plain(mean(self.information_flow_quality))
+            columns["CER"] = _plain(mean(self.compute_to_efficiency))
+            columns["AE"] = _plain(mean(self.adaptation_efficiency))
+            columns["error"] = [f"{x:.2g}" for x in mean(self.relative_error)]
+            columns["95% interval"] = [
+                f"{a:.2g} to {b:.2g}" for a, b in zip(low, high, strict=True)
+            ]
+        columns["dR/dt"] = [f"{x:.2f}" for x in mean(self.change)]
+        columns["overhead"] = _percent(mean(self.overhead))
+        if self.bound is not None:
+            largest = np.asarray(self.bound).reshape(-1, heads).max(0)
+            columns["largest bound"] = [f"{x:.2g}" for x in largest]
+        rows = zip(*columns.values(), strict=True)
+        table = [["head", *columns], *([str(i), *row] for i, row in enumerate(rows))]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = ["  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in table]
+        spent = float(mean(self.spent).mean())
+        if spent >= 1:
+            lines.append(
+                f"nothing is saved: {spent:.1%} of the FLOPs of reading everything exactly"
+            )
+        return "\n".join(lines)
+
+
+def make_report(
+    operands: Operands,
+    options: Options,
+    plan: TilePlan,
+    audit: Audit,
+    previous: jax.Array | None = None,
+    bound: jax.Array | None = None,
+) -> Report:
+    """Reports on a call.
+
+    Args:
+      operands: Those of the call, with one batch axis.
+      options: Those of the call.
+      plan: Its plan.
+      audit: What its audit found.
+      previous: Levels of the call before, [B, L, I, W]; None: there was none.
+      bound: Certified bounds of its rows.
+    """
+    grid, head_dim = plan.grid, operands[Slot.Q].shape[-1]
+    bounds = boundary(operands, options, grid)
+    level = unpack_levels(plan.levels, grid.granules)
+    seen, whole = (jnp.broadcast_to(x, level.shape) for x in (bounds.seen, bounds.whole))
+    at = jnp.stack([(level == which) & seen for which in range(4)], -1)
+    count = jnp.maximum(_total(seen), 1)
+    tokens = grid.queries * level.shape[0] * grid.tile_heads
+    a_row = 4.0 * head_dim * grid.query_tile / tokens
+    exact_rows = _total(jnp.where(level == EXACT, grid.granule_sizes, 0))
+    coarse_rows = plan.list_headers[..., 3].astype(jnp.float32).sum((0, 2))
+    a_head = operands[Slot.Q].shape[0] * grid.queries * grid.heads
+    planned = planning_flops(operands, options, grid, plan.adaptation).sum() / a_head
+    change = jnp.zeros(grid.lists)
+    if previous is not None:
+        change = resolution_change(plan.levels, previous, grid.granules)
+    by_list = {
+        "levels": at.sum((0, 2, 3)).astype(jnp.float32) / count[:, None],
+        "forced": _total(seen & ~whole) / count,
+        "flops": a_row * (exact_rows + coarse_rows),
+        "planning_flops": jnp.broadcast_to(planned, count.shape),
+        "dense_flops": jnp.broadcast_to(
+            dense_flops(operands, options, grid).sum() / a_head, count.shape
+        ),
+        "tiled_flops": a_row * _total(jnp.where(seen, grid.granule_sizes, 0)),
+        "overhead": _overhead(operands, options, plan, exact_rows, coarse_rows),
+        "change": change,
+        "log_lambda": plan.log_lambda.mean(0),
+    }
+    by_head = {name: jnp.repeat(x, grid.tile_heads, axis=0) for name, x in by_list.items()}
+    return Report(**by_head, audit=audit, bound=bound)
+
+
+def _overhead(
+    operands: Operands,
+    options: Options,
+    plan: TilePlan,
+    exact_rows: jax.Array,
+    coarse_rows: jax.Array,
+) -> jax.Array:
+    """Cross-tile overhead of lists, [L]; what lists share is shared out among them."""
+    grid, k = plan.grid, operands[Slot.K]
+    a_row = 2 * k.shape[-1] * k.dtype.itemsize
+    batch = operands[Slot.Q].shape[0]
+    level = unpack_levels(plan.levels, grid.granules)
+    # A word a granule or row listed, a header a tile, and the same once more, transposed.
+    words = _total(level == EXACT) + coarse_rows + 4 * grid.tiles * batch
+    lists = 4 * 2 * words + 4 * batch * grid.tiles * grid.words
+    summaries = batch * grid.coarse_rows * grid.kv_heads * a_row
+    state = 0
+    if has_state(operands, options, plan.adaptation):
+        parts = -(-grid.queries // SUPER_TILE) if options.causal else 1
+        state = 4 * batch * grid.kv_heads * parts * k.shape[-1] * (k.shape[-1] + 2)
+    overhead = lists + coarse_rows * a_row + (summaries + state) / grid.lists
+    return overhead / jnp.maximum(exact_rows * a_row, 1)
+
+
+def _total(x: jax.Array) -> jax.Array:
+    """Sum of [B, L, I, granules] by list, float32."""
+    return x.sum(-1).astype(jnp.float32).sum((0, 2))
+
+
+def _percent(x: Any) -> list[str]:
+    return [f"{value:.1%}" for value in x]
+
+
+def _plain(x: Any) -> list[str]:
+    return [f"{value:.4f}" for value in x]
