@@ -30,7 +30,7 @@ from needles import hide
 from storage import save_held_out, save_weights
 from tqdm import tqdm
 
-HELD_OUT_WINDOWS = 64
+HELD_OUT_WINDOWS = 65
 """How many windows of the longest context are kept for evaluation."""
 
 Step = Callable[[dict[str, Any], np.ndarray, float], tuple[dict[str, Any], jax.Array]]
