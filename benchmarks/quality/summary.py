@@ -139,6 +139,8 @@ def draw_changes(table: Rows, path: Path) -> None:
             line = axes.plot(x, y, style, label=name, markersize=4)[0]
             axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
         axes.set_xscale("log", base=2)
+        fractions = sorted({row["fraction"] for row in table})
+        axes.set_xticks(fractions, [f"{fraction:.3g}" for fraction in fractions], minor=False)
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set(xlabel="operations, of exact attention", ylabel="change of loss, nats a byte")
         axes.set_title(f"{length} bytes")
@@ -196,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     lines += ["", "## Change of held-out loss, nats a byte, all layers replaced", ""]
     lines += [pivot(changes, change_cell), "", ratios(changes), ""]
-    lines += ["## Relative error of o, one layer replaced", ""]
+    lines += ["Operations spent:", "", pivot(changes, lambda row: f"{row['spent']:.4f}"), ""]
+    lines += ["## Relative error of o, on the exact operands of each layer", ""]
     lines += [pivot(errors, lambda row: f"{row['error']:.4f}"), "", "IFQ:", ""]
     lines += [pivot(errors, lambda row: f"{row['ifq']:.4f}"), ""]
     stem.with_suffix(".md").write_text("\n".join(lines))
