@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention/dispatch_plan.h"
+#include "attention/plan_shape.h"
 
 namespace jax_aat {
 namespace {
@@ -72,6 +73,26 @@ void SetLayout(Random& random, AttentionParams& params, int slot, std::vector<Ax
   }
 }
 
+// Makes the call adaptive.
+void AddRandomPlan(Random& random, AttentionProblem& problem) {
+  AttentionParams& params = problem.params;
+  SetPlanShape(params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {4, 1000}),
+               Pick(random, {1, 1000}));
+  problem.features &= ~FEATURE_DBIAS;
+  problem.features |= FEATURE_PLAN;
+  for (const std::uint32_t feature : {FEATURE_LEVEL_BIAS, FEATURE_DCOARSE_K, FEATURE_DCOARSE_V,
+                                      FEATURE_DLEVEL_BIAS, FEATURE_DSHARES}) {
+    if (Chance(random)) problem.features |= feature;
+  }
+  const Axis rows = {params.coarse_rows, &OperandLayout::row_stride};
+  const Axis heads = {params.kv_heads, &OperandLayout::head_stride};
+  const Axis columns = {params.head_dim, &OperandLayout::column_stride};
+  for (const int slot :
+       {OPERAND_COARSE_K, OPERAND_COARSE_V, OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
+    SetLayout(random, params, slot, {rows, heads, columns}, false);
+  }
+}
+
 AttentionProblem RandomProblem(Random& random) {
   AttentionProblem problem;
   problem.pass = static_cast<Pass>(Pick(random, {0, 1, 2}));
@@ -116,6 +137,8 @@ AttentionProblem RandomProblem(Random& random) {
   SetLayout(random, params, OPERAND_KV_LENGTHS, {}, false);
   SetLayout(random, params, OPERAND_Q_SEGMENTS, {queries}, false);
   SetLayout(random, params, OPERAND_KV_SEGMENTS, {keys}, false);
+
+  if (Chance(random)) AddRandomPlan(random, problem);
 
   const OperandLayout& dbias = params.operand[OPERAND_DBIAS];
   for (int axis = 0; axis < MAX_BATCH_AXES; ++axis) {
@@ -204,7 +227,9 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams&
     return CheckLists(problem, params, dispatch) * Tiles(problem, dispatch);
   }
   if (StartsWith(dispatch.shader, "attend_backward_dkv")) {
-    return key_tiles * params.kv_heads * params.batch_count;
+    const bool coarse = dispatch.specialization[2] & FEATURE_COARSE_TILE;
+    return (coarse ? DivideUp(params.coarse_rows, tile_rows) : key_tiles) * params.kv_heads *
+           params.batch_count;
   }
   if (StartsWith(dispatch.shader, "attend_backward_dbias")) {
     std::uint64_t tiles = 1;
@@ -239,6 +264,10 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
     EXPECT(words[transposed ? OPERAND_KEY_LIST_ENTRIES : OPERAND_LIST_ENTRIES] >=
            lists * (transposed ? params.key_list_capacity : params.list_capacity));
   }
+  if (problem.features & FEATURE_PLAN) {
+    EXPECT(words.count(OPERAND_LIST_ENTRIES) == 0 && words.count(OPERAND_KEY_LIST_ENTRIES) == 0);
+    return;
+  }
   const bool backward = problem.pass == Pass::kBackward;
   if (!backward || (problem.features & FEATURE_DQ)) EXPECT(words.count(OPERAND_LIST_ENTRIES) == 1);
   if (backward && (problem.features & (FEATURE_DK | FEATURE_DV))) {
@@ -248,7 +277,7 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
 
 void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits,
                      const DispatchPlan& plan) {
-  EXPECT(plan.dispatches.size() <= 6);
+  EXPECT(plan.dispatches.size() <= 7);
   int barriers = 0, kernels = 0;
   for (const Dispatch& dispatch : plan.dispatches) {
     const auto& constants = dispatch.specialization;
@@ -263,12 +292,20 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
                           StartsWith(dispatch.shader, "attend_backward_delta");
     EXPECT(!(prepares && kernels > 0));
     // The first kernel waits for all that was prepared; the others need not wait for each other.
-    EXPECT(dispatch.barrier_before == (!prepares && kernels == 0));
+    const bool waits = !prepares && kernels == 0 && &dispatch != &plan.dispatches.front();
+    EXPECT(dispatch.barrier_before == waits);
     barriers += dispatch.barrier_before;
     if (prepares) continue;
     ++kernels;
     EXPECT(constants[6] % 16 == 0 && constants[4] % constants[5] == 0);
-    EXPECT(dispatch.flops > 0 || plan.params.window_left >= 0 || plan.params.window_right >= 0);
+    if (problem.features & FEATURE_PLAN) {
+      // A kernel's tile lies in one query tile of the plan, its blocks too where they are queries.
+      const bool by_key = StartsWith(dispatch.shader, "attend_backward_dkv");
+      EXPECT(constants[by_key ? 6 : 4] <= PlanTileRows(plan.params));
+      EXPECT(dispatch.flops == 0 && (constants[2] & FEATURE_PLAN));
+    } else {
+      EXPECT(dispatch.flops > 0 || plan.params.window_left >= 0 || plan.params.window_right >= 0);
+    }
     if (std::strcmp(plan.path, "portable") == 0) {
       EXPECT(constants[0] == constants[4] / constants[8] * 8 && constants[0] >= constants[4]);
     }
@@ -339,7 +376,8 @@ void Fuzz() {
     if (std::uint64_t{problem.params.queries} * problem.params.keys <= 10000) {
       CheckCapacity(problem, plan);
       if (problem.pass == Pass::kForward) {
-        EXPECT(plan.dispatches.back().flops == CountedFlops(problem));
+        const bool planned = problem.features & FEATURE_PLAN;
+        EXPECT(plan.dispatches.back().flops == (planned ? 0 : CountedFlops(problem)));
       }
     }
   }
@@ -376,6 +414,10 @@ void Refusals() {
   bad = good;
   bad.params.keys = 0;
   ExpectRefusal(bad, traits, "sequence lengths");
+  bad = good;
+  bad.pass = Pass::kBackward;
+  bad.features |= FEATURE_PLAN | FEATURE_DBIAS;
+  ExpectRefusal(bad, traits, "gradient of a bias");
   bad = good;
   bad.params.batch_count += 1;
   ExpectRefusal(bad, traits, "batch_count");
