@@ -1,5 +1,5 @@
 #version 460
-// Gradients of a tile of keys and values, on cooperative matrices. The queries that the transposed
+// Gradients of a tile of keys and values, or of coarse rows, on cooperative matrices. The queries that the transposed
 // work list names pass through shared memory. Scores are computed transposed, S^T = K Q^T, so that
 // P^T and dS^T are left factors of dv = P^T dout and dk = scale dS^T q.
 #include "common/coopmat_key_tile.glsl"
@@ -10,6 +10,72 @@ KeyTile tile;
 float to_log2;
 Left k[ROW_TILES][DIM_TILES], v[ROW_TILES][DIM_TILES];
 Accumulator dk[ROW_TILES][DIM_TILES], dv[ROW_TILES][DIM_TILES];
+
+// What the query tile of a plan at work sees of the subgroup's rows.
+bool seen_granule[ROW_TILES];                // of keys: whether it is exact
+float seen_offset[ROW_TILES * LANE_ROWS];    // of coarse rows: log2 of their keys; -INFINITY: hidden
+uint listed_position;                        // first of the block
+
+void see_rows(Walk walk, ListedBlock block) {
+  listed_position = block.first_position;
+  uint entry = min(block.entry, walk.tile_count - 1);
+  View levels = levels_of(tile.plan.first_chunk + entry / PARAMS.plan_tiles,
+                          entry % PARAMS.plan_tiles);
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    uint first = tile.first_key + subgroup_row(t);
+    if (COARSE_TILE) {
+      [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {
+        uint row = first + lane_row(h);
+        uint keys = row < PARAMS.coarse_rows ? coarse_row_keys(levels, row) : 0;
+        seen_offset[t * LANE_ROWS + h] = keys == 0 ? -INFINITY : log2(float(keys));
+      }
+    } else {
+      seen_granule[t] =
+          first < PARAMS.keys && granule_level(levels, first / GRANULE_ROWS) == LEVEL_EXACT;
+    }
+  }
+}
+
+// Whether all queries of the block see all keys of the subgroup.
+bool sees_all() {
+  if (COARSE_TILE || TRANSFORMED || has(FEATURE_SEGMENTS | FEATURE_MASK)) return false;
+  uint first = tile.first_key + subgroup_row(0);
+  uvec2 positions = uvec2(listed_position, listed_position + BLOCK_ROWS / TILE_HEADS);
+  bool every = classify_positions(positions, uvec2(first, first + ROW_TILES * 16)) == TILE_FULL;
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) every = every && seen_granule[t];
+  return every;
+}
+
+bool sees_any() {
+  bool any = false;
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    if (COARSE_TILE) {
+      [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {
+        any = any || seen_offset[t * LANE_ROWS + h] != -INFINITY;
+      }
+    } else {
+      any = any || seen_granule[t];
+    }
+  }
+  return any;
+}
+
+// Of row h of those that a lane holds of 16-row tile t.
+LaneScore row_score(float product, uint position, uint head, uint key, uint t, uint h) {
+  if (COARSE_TILE) {
+    float offset = seen_offset[t * LANE_ROWS + h];
+    if (offset == -INFINITY) return LaneScore(-INFINITY, 1.0);
+    return coarse_lane_score(product, position, head, key, offset);
+  }
+  if (has(FEATURE_PLAN) && !seen_granule[t]) return LaneScore(-INFINITY, 1.0);
+  return lane_score(product, position, head, key);
+}
+
+// Two neighbouring states of the block: (what weights are relative to, delta) of each query.
+mat2 state_pair(uint at, uint key) {
+  if (COARSE_TILE) at += level_index(key) * LEVEL_STATES;
+  return mat2(staged_state[at], staged_state[at + 1]);
+}
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_step(Walk walk, uint step, Step current, bool mixed) {
@@ -27,13 +93,18 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = coopMatMulAdd(k[t][d], q, s[t]);
     }
     if (mixed) {
-      uint granule = walk.entries.entry[walk.first_entry + current.block * BLOCK_GRANULES + g];
+      uint granule;
+      if (has(FEATURE_PLAN)) {
+        granule = listed_position + g * GRANULE_POSITIONS;
+      } else {
+        granule = walk.entries.entry[walk.first_entry + current.block * BLOCK_GRANULES + g];
+      }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
         [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
           uint row = element_column(i), head = current.first_head + row % TILE_HEADS;
           uint position = granule == NO_GRANULE ? ABSENT : granule + row / TILE_HEADS;
           uint key = tile.first_key + subgroup_row(t) + element_row(i);
-          LaneScore score = lane_score(s[t][i], position, head, key);
+          LaneScore score = row_score(s[t][i], position, head, key, t, i / LANE_COLUMNS);
           s[t][i] = score.log2_value;
           if (TRANSFORMED) slope[t][i] = score.slope;
         }
@@ -42,8 +113,9 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     Left p[ROW_TILES];
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
       uint at = state_start + g * 16 + lane_column(i % LANE_COLUMNS);
-      vec2 references = vec2(staged_state[at].x, staged_state[at + 1].x);
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        mat2 states = state_pair(at, tile.first_key + subgroup_row(t) + element_row(i));
+        vec2 references = vec2(states[0].x, states[1].x);
         vec2 weight = exp2(vec2(fma(s[t][i], to_log2, -references.x),
                                 fma(s[t][i + 1], to_log2, -references.y)));
         s[t][i] = weight.x;
@@ -75,8 +147,9 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     Left ds[ROW_TILES];
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
       uint at = state_start + g * 16 + lane_column(i % LANE_COLUMNS);
-      vec2 delta = vec2(staged_state[at].y, staged_state[at + 1].y);
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        mat2 states = state_pair(at, tile.first_key + subgroup_row(t) + element_row(i));
+        vec2 delta = vec2(states[0].y, states[1].y);
         vec2 gradient = score_gradients(vec2(s[t][i], s[t][i + 1]), vec2(dp[t][i], dp[t][i + 1]),
                                         delta, mixed);
         if (TRANSFORMED) gradient *= vec2(slope[t][i], slope[t][i + 1]);
@@ -92,15 +165,51 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     }
     limit_overlap();
   }
-  end_step(step);
+}
+
+// A block that the subgroup has no part in.
+void skip_step(Walk walk, uint step) {
+  begin_step(walk);
+  continue_step(walk, step);
+}
+
+void attend_listed_tiles(Walk walk) {
+  for (uint block = 0; block < walk.blocks; ++block) {
+    ListedBlock listed = listed_block(walk, block);
+    see_rows(walk, listed);
+    Step current = Step(block, listed.first_head);
+    if (listed.entry >= walk.tile_count || !subgroupAny(sees_any())) {
+      skip_step(walk, block);
+    } else if (subgroupAll(sees_all())) {
+      attend_step(walk, block, current, false);
+    } else {
+      attend_step(walk, block, current, true);
+    }
+    end_step(block);
+  }
+}
+
+void attend_listed_granules(Walk walk) {
+  uint step = 0;
+  for (uint head = 0; head < walk.heads; head += TILE_HEADS) {
+    uint block = 0;
+    for (; block < walk.full_blocks; ++block) {
+      attend_step(walk, step, Step(block, head), false);
+      end_step(step++);
+    }
+    for (; block < walk.blocks; ++block) {
+      attend_step(walk, step, Step(block, head), true);
+      end_step(step++);
+    }
+  }
 }
 
 void main() {
   if (subgroupAny(!locate_key_tile(tile))) return;
   set_scores(tile.kv_head * (PARAMS.query_heads / PARAMS.kv_heads));
   to_log2 = score_factor();
-  View k_view = view_of(OPERAND_K, tile.kv_head, 1);
-  View v_view = view_of(OPERAND_V, tile.kv_head, 1);
+  View k_view = view_of(COARSE_TILE ? OPERAND_COARSE_K : OPERAND_K, tile.kv_head, 1);
+  View v_view = view_of(COARSE_TILE ? OPERAND_COARSE_V : OPERAND_V, tile.kv_head, 1);
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     exchange_in(k_view, tile, t, negate_products());
     barrier();
@@ -119,11 +228,10 @@ void main() {
   }
 
   Walk walk = start_walk(tile);
-  uint step = 0;
-  for (uint head = 0; head < walk.heads; head += TILE_HEADS) {
-    uint block = 0;
-    for (; block < walk.full_blocks; ++block) attend_step(walk, step++, Step(block, head), false);
-    for (; block < walk.blocks; ++block) attend_step(walk, step++, Step(block, head), true);
+  if (has(FEATURE_PLAN)) {
+    attend_listed_tiles(walk);
+  } else {
+    attend_listed_granules(walk);
   }
 
   float gain = truncation_gain(), dk_factor = slope_factor() * gain;
@@ -136,7 +244,7 @@ void main() {
         coopMatStore(Rounded(dk[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       }
       barrier();
-      exchange_out(view_of(OPERAND_DK, tile.kv_head, 1), tile, t);
+      exchange_out(view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, tile.kv_head, 1), tile, t);
       barrier();
     }
     if (has(FEATURE_DV)) {
@@ -147,7 +255,7 @@ void main() {
         coopMatStore(Rounded(dv[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       }
       barrier();
-      exchange_out(view_of(OPERAND_DV, tile.kv_head, 1), tile, t);
+      exchange_out(view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, tile.kv_head, 1), tile, t);
       barrier();
     }
   }

@@ -1,8 +1,9 @@
 #version 460
 // Gradient of a tile of queries, on cooperative matrices: with P = exp(S - logsumexp) over the
-// keys of its work list, dS = P (dout V^T - delta), dq = scale dS K. A subgroup keeps its rows of
+// keys and coarse rows of its work list, dS = P (dout V^T - delta), dq = scale dS K; and that of the
+// biases of coarse rows. A subgroup keeps its rows of
 // q, dout and dq in registers; keys and values pass through shared memory.
-#include "common/coopmat_query_tile.glsl"
+#include "common/coopmat_coarse.glsl"
 
 const uint PART_GRANULES = 2;  // scored at once, in registers
 
@@ -11,6 +12,7 @@ float to_log2;
 Left q[ROW_TILES][DIM_TILES], dout[ROW_TILES][DIM_TILES];
 Accumulator dq[ROW_TILES][DIM_TILES];
 float reference[ROWS], delta[ROWS];
+vec2 level_gradient[ROWS];
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
@@ -43,7 +45,28 @@ void attend_block(Walk walk, uint block, bool mixed) {
     // In a block of one part the second half begins here.
     if (part == 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
 
-    if (mixed) {
+    CoarseColumns columns[PART_GRANULES];
+    if (walk.coarse) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        columns[g] = load_coarse_columns(walk, tile, block, part + g);
+      }
+      [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+        uint t = r / LANE_ROWS;
+        uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
+        vec2 bias = load_levels_pair(OPERAND_LEVEL_BIAS, has(FEATURE_LEVEL_BIAS), tile, r);
+        vec2 dshares = load_levels_pair(OPERAND_DSHARES, has(FEATURE_DSHARES), tile, r);
+        [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+          [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+            uint i = r % LANE_ROWS * LANE_COLUMNS + c;
+            LaneScore score = coarse_column_score(s[t][g][i], position, row % TILE_HEADS,
+                                                  columns[g], c, bias);
+            s[t][g][i] = score.log2_value;
+            if (TRANSFORMED) slope[t][g][i] = score.slope;
+            dp[t][g][i] += columns[g].super_mean[c] ? dshares.y : dshares.x;
+          }
+        }
+      }
+    } else if (mixed) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
         uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
@@ -69,6 +92,11 @@ void attend_block(Walk walk, uint block, bool mixed) {
                                   fma(s[t][g][i + 1], to_log2, -reference[r])));
           vec2 gradient = score_gradients(weight, vec2(dp[t][g][i], dp[t][g][i + 1]),
                                           vec2(delta[r]), mixed);
+          if (walk.coarse) {
+            level_gradient[r] +=
+                at_level(columns[g].super_mean[i % LANE_COLUMNS], gradient.x) +
+                at_level(columns[g].super_mean[i % LANE_COLUMNS + 1], gradient.y);
+          }
           if (TRANSFORMED) gradient *= vec2(slope[t][g][i], slope[t][g][i + 1]);
           ElementPair pair = ElementPair(gradient);
           ds[t][i] = pair.x;
@@ -122,6 +150,17 @@ void main() {
   uint block = 0;
   for (; block < walk.full_blocks; ++block) attend_block(walk, block, false);
   for (; block < walk.blocks; ++block) attend_block(walk, block, true);
+  if (has(FEATURE_PLAN)) {
+    [[unroll]] for (uint r = 0; r < ROWS; ++r) level_gradient[r] = vec2(0);
+    Walk coarse = start_coarse_walk(tile);
+    for (block = 0; block < coarse.blocks; ++block) attend_block(coarse, block, true);
+    if (has(FEATURE_DLEVEL_BIAS)) {
+      [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+        store_levels_pair(OPERAND_DLEVEL_BIAS, tile, r, level_gradient[r]);
+      }
+    }
+    if (!has(FEATURE_DQ)) return;
+  }
 
   View dq_view = view_of(OPERAND_DQ, tile.first_head, 1);
   float factor = slope_factor() * truncation_gain();

@@ -1,8 +1,8 @@
 #version 460
-// Exact attention of a tile of queries to the keys on its work list, on cooperative matrices: out
-// and logsumexp. A subgroup keeps its rows of Q and O in registers; keys and values pass through
+// Attention of a tile of queries to the keys, and the coarse rows of a plan, on its work list, on
+// cooperative matrices: out, logsumexp and the shares of coarse rows. A subgroup keeps its rows of Q and O in registers; keys and values pass through
 // shared memory. The softmax is kept in powers of two.
-#include "common/coopmat_query_tile.glsl"
+#include "common/coopmat_coarse.glsl"
 
 // Granules scored at once, in registers.
 const uint PART_GRANULES = HEAD_DIM <= 64 ? 2 : 1;
@@ -17,14 +17,16 @@ float to_log2;
 Left q[ROW_TILES][DIM_TILES];
 Accumulator o[ROW_TILES][DIM_TILES];
 float reference[ROWS], sum[ROWS];
+vec2 level_sum[ROWS];  // of coarse rows
 
 // Lets the references follow the maxima of the scores `top`.
-void rescale(float top[ROWS]) {
+void rescale(float top[ROWS], bool coarse) {
   [[unroll]] for (uint r = 0; r < ROWS; ++r) {
     float next = max(reference[r], quad_max(top[r]) * to_log2);
     float shrink = exp2(reference[r] - next);
     reference[r] = next;
     sum[r] *= shrink;
+    if (coarse) level_sum[r] *= shrink;
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
         o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c] *= shrink;
@@ -52,7 +54,25 @@ void attend_block(Walk walk, uint block, bool mixed) {
         }
       }
     }
-    if (mixed) {
+    CoarseColumns columns[PART_GRANULES];
+    if (walk.coarse) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        columns[g] = load_coarse_columns(walk, tile, block, part + g);
+      }
+      [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+        uint t = r / LANE_ROWS;
+        uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
+        vec2 bias = load_levels_pair(OPERAND_LEVEL_BIAS, has(FEATURE_LEVEL_BIAS), tile, r);
+        [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+          [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+            uint i = r % LANE_ROWS * LANE_COLUMNS + c;
+            s[t][g][i] = coarse_column_score(s[t][g][i], position, row % TILE_HEADS, columns[g], c,
+                                             bias)
+                             .log2_value;
+          }
+        }
+      }
+    } else if (mixed) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
         uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
@@ -76,7 +96,7 @@ void attend_block(Walk walk, uint block, bool mixed) {
       }
       grown = grown || top[r] * to_log2 > reference[r] + SLACK;
     }
-    if (subgroupAny(grown)) rescale(top);
+    if (subgroupAny(grown)) rescale(top, walk.coarse);
 
     [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
       Left p[ROW_TILES];
@@ -87,6 +107,10 @@ void attend_block(Walk walk, uint block, bool mixed) {
                                   fma(s[t][g][i + 1], to_log2, -reference[r])));
           sum[r] += weight.x;
           sum[r] += weight.y;
+          if (walk.coarse) {
+            level_sum[r] += at_level(columns[g].super_mean[i % LANE_COLUMNS], weight.x) +
+                            at_level(columns[g].super_mean[i % LANE_COLUMNS + 1], weight.y);
+          }
           ElementPair pair = ElementPair(weight);
           p[t][i] = pair.x;
           p[t][i + 1] = pair.y;
@@ -126,6 +150,11 @@ void main() {
   uint block = 0;
   for (; block < walk.full_blocks; ++block) attend_block(walk, block, false);
   for (; block < walk.blocks; ++block) attend_block(walk, block, true);
+  if (has(FEATURE_PLAN)) {
+    [[unroll]] for (uint r = 0; r < ROWS; ++r) level_sum[r] = vec2(0);
+    Walk coarse = start_coarse_walk(tile);
+    for (block = 0; block < coarse.blocks; ++block) attend_block(coarse, block, true);
+  }
 
   View out_view = view_of(OPERAND_OUT, tile.first_head, 1);
   View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
@@ -140,6 +169,10 @@ void main() {
         uint at = row_start(lse_view, position, row % TILE_HEADS);
         float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference[r] + log2(total)) * LN_2;
         Words(lse_view.base).word[at] = floatBitsToUint(lse);
+      }
+      if (has(FEATURE_PLAN)) {
+        vec2 shares = total == 0.0 ? vec2(0) : level_sum[r] / total;
+        store_levels_pair(OPERAND_SHARES, tile, r, shares);
       }
       float share = total == 0.0 ? 0.0 : gain / total;
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {

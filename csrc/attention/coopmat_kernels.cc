@@ -1,6 +1,7 @@
 // Shapes of the cooperative-matrix kernels (shaders/common/coopmat_rows.glsl); docs/kernels.md says
 // what was measured to choose them.
 #include "attention/kernels.h"
+#include "attention/plan_shape.h"
 
 namespace jax_aat {
 namespace {
@@ -14,7 +15,7 @@ std::uint32_t SharedBytes(const KernelShape& shape, std::uint32_t head_dim) {
   const std::uint32_t row_bytes = (head_dim + 15) / 16 * 32 + 16;
   const std::uint32_t stages = 4 * shape.block_rows * row_bytes;
   const std::uint32_t exchange = shape.threads / kSubgroupSize * 16 * row_bytes;
-  const std::uint32_t states = 2 * shape.block_rows * 8;
+  const std::uint32_t states = 4 * shape.block_rows * 8;
   return (stages > exchange ? stages : exchange) + states;
 }
 
@@ -25,7 +26,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   const bool has_matrices = (problem.dtype == DTYPE_F16 && traits.coopmat_float16) ||
                             (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
   const std::uint32_t head_dim = problem.params.head_dim;
-  if (problem.features & (FEATURE_PLAN | FEATURE_ROW_COUNTS)) return std::nullopt;
+  if (problem.features & FEATURE_ROW_COUNTS) return std::nullopt;
   if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
       !RowsAllowVectors(problem.params, kVectorElements)) {
     return std::nullopt;
@@ -47,6 +48,10 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   }
   // The backward kernels have no variant for a cotangent of the residual alone.
   if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return std::nullopt;
+  if (problem.features & FEATURE_PLAN) {
+    const std::uint32_t rows = kernel == Kernel::kBackwardDkv ? shape.block_rows : shape.tile_rows;
+    if (rows > PlanTileRows(problem.params)) return std::nullopt;
+  }
   shape.required_subgroup_size = kSubgroupSize;
   if (SharedBytes(shape, head_dim) > traits.max_shared_memory ||
       shape.threads > traits.max_workgroup_invocations) {

@@ -1,31 +1,43 @@
-// The tile of keys of a *_coopmat kernel: its rows in and out, and the walk over the queries on its
-// transposed work list.
+// The tile of keys, or of coarse rows, of a *_coopmat kernel: its rows in and out, and the walk over
+// the queries on its transposed work list.
 #include "common/coopmat_rows.glsl"
 #include "common/coopmat_scores.glsl"
+#include "common/key_list.glsl"
+
+const bool COARSE_TILE = (FEATURES & FEATURE_COARSE_TILE) != 0;
 
 struct KeyTile {
   uint first_key;
   uint kv_head;
   WorkList list;  // what it sees
+  PlanList plan;  // the same by a plan
 };
 
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
-  uint tiles = divide_up(PARAMS.keys, TILE_ROWS), index = workgroup_index();
+  uint tiles = divide_up(tile_row_end(), TILE_ROWS), index = workgroup_index();
   uint entry = index / (tiles * PARAMS.kv_heads);
   if (entry >= PARAMS.batch_count) return false;
   set_batch(entry);
   uint kv_head = index / tiles % PARAMS.kv_heads, number = index % tiles;
   tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);
   tile.kv_head = subgroupBroadcastFirst(kv_head);
-  tile.list = uniform_list(key_list(kv_head, number));
+  if (has(FEATURE_PLAN)) {
+    PlanList plan = plan_list(kv_head, number * TILE_ROWS);
+    tile.plan = PlanList(subgroupBroadcastFirst(plan.entries),
+                         subgroupBroadcastFirst(plan.first_entry),
+                         subgroupBroadcastFirst(plan.count),
+                         subgroupBroadcastFirst(plan.first_chunk));
+  } else {
+    tile.list = uniform_list(key_list(kv_head, number));
+  }
   return true;
 }
 
 // Rows that do not exist repeat the last one and are not stored.
 void exchange_in(View view, KeyTile tile, uint t, bool negate) {
   [[unroll]] for (uint n = 0; n < EXCHANGES; ++n) {
-    uint key = min(tile.first_key + subgroup_row(t) + exchange_row(n), PARAMS.keys - 1);
+    uint key = min(tile.first_key + subgroup_row(t) + exchange_row(n), tile_row_end() - 1);
     uvec4 value = load_vector(view, row_start(view, key, 0), exchange_column());
     if (negate) value ^= 0x80008000u;
     if (is_staged(exchange_column())) staged[exchange_at(n)] = value;
@@ -35,14 +47,15 @@ void exchange_in(View view, KeyTile tile, uint t, bool negate) {
 void exchange_out(View view, KeyTile tile, uint t) {
   [[unroll]] for (uint n = 0; n < EXCHANGES; ++n) {
     uint key = tile.first_key + subgroup_row(t) + exchange_row(n);
-    if (key < PARAMS.keys && holds_data(exchange_column())) {
+    if (key < tile_row_end() && holds_data(exchange_column())) {
       uint at = row_start(view, key, 0) / 8 + exchange_column();
       Quads(view.base).quad[at] = staged[exchange_at(n)];
     }
   }
 }
 
-// The list is walked once for each chunk of TILE_HEADS query heads; a step is one block of it.
+// The list is walked once for each chunk of TILE_HEADS query heads; a step is one block of it. That
+// of a plan is walked once: its entries, query tiles of single chunks, are cut into blocks.
 struct Step {
   uint block;
   uint first_head;  // of the chunk, counted from the first head of the group
@@ -59,15 +72,41 @@ struct Walk {
   Source dout;
   View logsumexp;
   View delta;
+  // Of a plan, where `entries` are query tiles:
+  View level_bias;
+  View dshares;
+  uint tile_blocks;  // of a query tile
+  uint tile_count;   // query tiles of all chunks that share the key/value head
 };
 
-// Of each staged query: (what its weights are relative to, delta).
-shared vec2 staged_state[2 * BLOCK_ROWS];
+// Of each staged query: (what its weights are relative to, delta); for coarse rows so for each level,
+// less what the level adds to the score and to dout . v.
+const uint STATE_LEVELS = COARSE_TILE ? 2 : 1;
+const uint LEVEL_STATES = 2 * BLOCK_ROWS;
+shared vec2 staged_state[STATE_LEVELS * LEVEL_STATES];
 
 // The step on its way; its state is kept as loaded, so that nothing waits for it before the end.
 Step next;
 uint next_state_granule;
 vec2 next_state;
+vec2 next_level_state[2];  // (level bias, dshares)
+
+// A block of the walk of a plan.
+struct ListedBlock {
+  uint entry;  // the query tile
+  uint first_position;
+  uint first_head;
+};
+
+ListedBlock listed_block(Walk walk, uint block) {
+  ListedBlock listed;
+  listed.entry = walk.entries.entry[walk.first_entry + block / walk.tile_blocks];
+  uint entry = min(listed.entry, walk.tile_count - 1);
+  listed.first_head = entry / PARAMS.plan_tiles * TILE_HEADS;
+  listed.first_position = entry % PARAMS.plan_tiles * PARAMS.plan_positions +
+                          block % walk.tile_blocks * (BLOCK_ROWS / TILE_HEADS);
+  return listed;
+}
 
 Step step_after(Step step, Walk walk) {
   bool wraps = step.block + 1 == walk.blocks;
@@ -75,6 +114,16 @@ Step step_after(Step step, Walk walk) {
 }
 
 void name_next(Walk walk) {
+  if (has(FEATURE_PLAN)) {
+    ListedBlock listed = listed_block(walk, next.block);
+    next.first_head = listed.first_head;
+    [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+      next_granules[n] = listed.first_position + fetch_granule(n) * GRANULE_POSITIONS;
+    }
+    uint granule = min(gl_LocalInvocationIndex, BLOCK_ROWS - 1) / GRANULE_ROWS;
+    next_state_granule = listed.first_position + granule * GRANULE_POSITIONS;
+    return;
+  }
   uint entry = walk.first_entry + next.block * BLOCK_GRANULES;
   name_granules(walk.entries, entry);
   uint row = min(gl_LocalInvocationIndex, BLOCK_ROWS - 1);
@@ -88,12 +137,28 @@ void fetch_state(Walk walk) {
   if (has(FEATURE_DK)) {
     next_state.y = load_float(walk.delta.base, row_start(walk.delta, position, head));
   }
+  if (COARSE_TILE) {
+    [[unroll]] for (uint level = 0; level < 2; ++level) {
+      next_level_state[level] = vec2(0);
+      if (has(FEATURE_LEVEL_BIAS)) {
+        uint at = row_start(walk.level_bias, position, head) + level;
+        next_level_state[level].x = load_float(walk.level_bias.base, at);
+      }
+      if (has(FEATURE_DSHARES)) {
+        uint at = row_start(walk.dshares, position, head) + level;
+        next_level_state[level].y = load_float(walk.dshares.base, at);
+      }
+    }
+  }
 }
 
 void stage_state(uint stage) {
   if (gl_LocalInvocationIndex < BLOCK_ROWS) {
-    staged_state[(stage & 1) * BLOCK_ROWS + gl_LocalInvocationIndex] =
-        vec2(weight_reference(next_state.x), next_state.y);
+    vec2 state = vec2(weight_reference(next_state.x), next_state.y);
+    [[unroll]] for (uint level = 0; level < STATE_LEVELS; ++level) {
+      staged_state[level * LEVEL_STATES + (stage & 1) * BLOCK_ROWS + gl_LocalInvocationIndex] =
+          COARSE_TILE ? state - next_level_state[level] * vec2(LOG2_E, 1.0) : state;
+    }
   }
 }
 
@@ -107,8 +172,12 @@ void begin_step(Walk walk) {
 void continue_step(Walk walk, uint step) {
   stage_rows(step + 1, 0);
   fetch_queries(1, walk.dout, next.first_head, walk.last_position);
-  Step after = step_after(next, walk);
-  if (after.first_head < walk.heads) next = after;
+  if (has(FEATURE_PLAN)) {
+    next.block = min(next.block + 1, walk.blocks - 1);
+  } else {
+    Step after = step_after(next, walk);
+    if (after.first_head < walk.heads) next = after;
+  }
   name_next(walk);
 }
 
@@ -126,18 +195,31 @@ View uniform_view(View view) {
 // Stages the first step.
 Walk start_walk(KeyTile tile) {
   Walk walk;
-  walk.entries = Entries(tile.list.entries);
-  walk.first_entry = tile.list.first_entry;
-  // Transformed scores are evaluated one by one in every block.
-  walk.full_blocks = TRANSFORMED ? 0 : tile.list.full_blocks;
-  walk.blocks = tile.list.blocks;
+  if (has(FEATURE_PLAN)) {
+    walk.entries = Entries(tile.plan.entries);
+    walk.first_entry = tile.plan.first_entry;
+    walk.tile_blocks = PARAMS.plan_positions * TILE_HEADS / BLOCK_ROWS;
+    walk.tile_count = chunks_of_group() * PARAMS.plan_tiles;
+    walk.blocks = tile.plan.count * walk.tile_blocks;
+    walk.full_blocks = 0;
+  } else {
+    walk.entries = Entries(tile.list.entries);
+    walk.first_entry = tile.list.first_entry;
+    // Transformed scores are evaluated one by one in every block.
+    walk.full_blocks = TRANSFORMED ? 0 : tile.list.full_blocks;
+    walk.blocks = tile.list.blocks;
+  }
   walk.heads = subgroupBroadcastFirst(PARAMS.query_heads / PARAMS.kv_heads);
-  walk.last_position = subgroupBroadcastFirst(query_limit - 1);
+  walk.last_position = subgroupBroadcastFirst(max(query_limit, 1) - 1);
   uint first_head = tile.kv_head * walk.heads;
   walk.q = source_of(view_of(OPERAND_Q, first_head, 1));
   walk.dout = source_of(view_of(OPERAND_DOUT, first_head, 1));
   walk.logsumexp = uniform_view(view_of(OPERAND_LSE, first_head, 2));
   walk.delta = uniform_view(view_of(OPERAND_DELTA, first_head, 2));
+  if (COARSE_TILE) {
+    walk.level_bias = uniform_view(view_of(OPERAND_LEVEL_BIAS, first_head, 2));
+    walk.dshares = uniform_view(view_of(OPERAND_DSHARES, first_head, 2));
+  }
   next = Step(0, 0);
   next_state = vec2(0);
   if (walk.blocks > 0) {

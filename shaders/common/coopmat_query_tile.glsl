@@ -39,21 +39,48 @@ bool locate_uniform_tile(out QueryTile tile) {
   return true;
 }
 
+// Over the keys on the work list, or the coarse rows after them.
 struct Walk {
   Entries entries;
   uint first_entry;
   uint full_blocks;
   uint blocks;
-  uint last_key;  // that is visible
+  uint last_key;  // that is visible; or the last coarse row
   Source keys;
   Source values;
+  bool coarse;  // known at compile time
 };
 
 void name_block(Walk walk, uint block) {
-  name_granules(walk.entries, walk.first_entry + min(block, walk.blocks - 1) * BLOCK_GRANULES);
+  block = min(block, walk.blocks - 1);
+  if (walk.coarse) {
+    name_coarse_rows(walk.entries, walk.first_entry + block * BLOCK_ROWS);
+  } else {
+    name_granules(walk.entries, walk.first_entry + block * BLOCK_GRANULES);
+  }
 }
 
-// Stages the first block.
+void fetch_block(Walk walk, uint operand) {
+  Source source = operand == 0 ? walk.keys : walk.values;
+  if (walk.coarse) {
+    fetch_coarse_rows(operand, source, walk.last_key);
+  } else {
+    fetch_keys(operand, source, walk.last_key);
+  }
+}
+
+void stage_first_block(Walk walk) {
+  if (walk.blocks > 0) {
+    name_block(walk, 0);
+    fetch_block(walk, 0);
+    stage_rows(0, 0);
+    fetch_block(walk, 1);
+    stage_rows(0, 1);
+    name_block(walk, 1);
+  }
+  barrier();
+}
+
 Walk start_walk(QueryTile tile) {
   Walk walk;
   walk.entries = Entries(tile.list.entries);
@@ -61,25 +88,32 @@ Walk start_walk(QueryTile tile) {
   // Transformed scores are evaluated one by one in every block.
   walk.full_blocks = TRANSFORMED ? 0 : tile.list.full_blocks;
   walk.blocks = tile.list.blocks;
-  walk.last_key = subgroupBroadcastFirst(key_limit - 1);
+  walk.last_key = subgroupBroadcastFirst(max(key_limit, 1) - 1);
   walk.keys = source_of(view_of(OPERAND_K, tile.kv_head, 1));
   walk.values = source_of(view_of(OPERAND_V, tile.kv_head, 1));
-  if (walk.blocks > 0) {
-    name_block(walk, 0);
-    fetch_keys(0, walk.keys, walk.last_key);
-    stage_rows(0, 0);
-    fetch_keys(1, walk.values, walk.last_key);
-    stage_rows(0, 1);
-    name_block(walk, 1);
-  }
-  barrier();
+  walk.coarse = false;
+  stage_first_block(walk);
+  return walk;
+}
+
+Walk start_coarse_walk(QueryTile tile) {
+  Walk walk;
+  walk.entries = Entries(tile.list.entries);
+  walk.first_entry = tile.list.first_coarse_entry;
+  walk.full_blocks = 0;
+  walk.blocks = divide_up(tile.list.coarse_rows, BLOCK_ROWS);
+  walk.last_key = subgroupBroadcastFirst(PARAMS.coarse_rows - 1);
+  walk.keys = source_of(view_of(OPERAND_COARSE_K, tile.kv_head, 1));
+  walk.values = source_of(view_of(OPERAND_COARSE_V, tile.kv_head, 1));
+  walk.coarse = true;
+  stage_first_block(walk);
   return walk;
 }
 
 // A step works on one block, in parts of some granules. Keys of the next block are fetched during
 // its first half, values during the second. After the last block the next one is that block again:
 // one more fetch costs less than a branch around each.
-void begin_step(Walk walk) { fetch_keys(0, walk.keys, walk.last_key); }
+void begin_step(Walk walk) { fetch_block(walk, 0); }
 
 bool is_halfway(uint part, uint granules) {
   return part == BLOCK_GRANULES / granules / 2 * granules;
@@ -87,7 +121,7 @@ bool is_halfway(uint part, uint granules) {
 
 void continue_step(Walk walk, uint block) {
   stage_rows(block + 1, 0);
-  fetch_keys(1, walk.values, walk.last_key);
+  fetch_block(walk, 1);
   name_block(walk, block + 2);
 }
 

@@ -6,7 +6,7 @@
 // limit of 255 registers a thread: what a loop keeps in a register and could do without costs a
 // spill.
 #include "common/coopmat_types.glsl"
-#include "common/work_list.glsl"
+#include "common/levels.glsl"
 
 const uint SUBGROUPS = THREADS / 32;
 const uint ROW_TILES = TILE_ROWS / (16 * SUBGROUPS);  // 16-row tiles that a subgroup owns
@@ -71,7 +71,7 @@ uvec4 fetch(Source source, uint row_start) {
                                     : uvec4(0);
 }
 
-// The block on its way: its granules are named one step before its rows are fetched.
+// The block on its way: its granules, or coarse rows, are named one step before they are fetched.
 uint next_granules[FETCHES];
 uvec4 next_rows[2][FETCHES];  // of the two operands
 
@@ -85,6 +85,19 @@ uint fetch_granule(uint n) {
 void name_granules(Entries entries, uint first_entry) {
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
     next_granules[n] = entries.entry[first_entry + fetch_granule(n)];
+  }
+}
+
+void name_coarse_rows(Entries entries, uint first_entry) {
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    uint entry = entries.entry[first_entry + n * FETCH_ROWS + fetch_row()];
+    next_granules[n] = bitfieldExtract(entry, 0, COARSE_ROW_BITS);
+  }
+}
+
+void fetch_coarse_rows(uint operand, Source source, uint last_row) {
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    next_rows[operand][n] = fetch(source, min(next_granules[n], last_row) * source.row_stride);
   }
 }
 

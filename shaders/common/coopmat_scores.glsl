@@ -1,5 +1,6 @@
 // Scores of the *_coopmat kernels, kept in powers of two.
 #include "common/coopmat_types.glsl"
+#include "common/levels.glsl"
 #include "common/scores.glsl"
 
 const float LOG2_E = 1.4426950408889634;
@@ -30,6 +31,16 @@ LaneScore lane_score(float product, uint position, uint head, uint key) {
     return LaneScore(score.value * LOG2_E, score.slope);
   }
   return LaneScore(visible(position, head, key) ? product : -INFINITY, 1.0);
+}
+
+// Of a coarse row, to log2 of whose weight `offset` is added.
+LaneScore coarse_lane_score(float product, uint position, uint head, uint row, float offset) {
+  if (position >= query_limit) return LaneScore(-INFINITY, 1.0);
+  if (TRANSFORMED) {
+    Score score = transformed_score(product, position, head, first_key_of(row));
+    return LaneScore(fma(score.value, LOG2_E, offset), score.slope);
+  }
+  return LaneScore(fma(offset, 1.0 / score_factor(), product), 1.0);
 }
 
 // Backward: what log2 of a weight is relative to. A row that sees nothing has only hidden keys.
