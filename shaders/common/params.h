@@ -73,14 +73,15 @@ using uint = std::uint32_t;
 #define FEATURE_DBIAS 2048
 #define FEATURE_DOUT 4096    // cotangent of out given (backward)
 #define FEATURE_DLSE 8192    // cotangent of logsumexp given (backward)
-#define FEATURE_PLAN 16384   // levels, work lists and coarse rows are given
-#define FEATURE_LEVEL_BIAS 32768
-#define FEATURE_DCOARSE_K 65536
-#define FEATURE_DCOARSE_V 131072
-#define FEATURE_DLEVEL_BIAS 262144
-#define FEATURE_DSHARES 524288     // cotangent of shares given (backward)
-#define FEATURE_ROW_COUNTS 1048576  // row counts wanted (forward)
-#define FEATURE_COARSE_TILE 2097152  // the kernel's key tiles are of coarse rows (backward)
+#define FEATURE_CAREFUL 16384  // second pass of a kernel, over the tiles that the first has marked
+#define FEATURE_PLAN 32768     // levels, work lists and coarse rows are given
+#define FEATURE_LEVEL_BIAS 65536
+#define FEATURE_DCOARSE_K 131072
+#define FEATURE_DCOARSE_V 262144
+#define FEATURE_DLEVEL_BIAS 524288
+#define FEATURE_DSHARES 1048576      // cotangent of shares given (backward)
+#define FEATURE_ROW_COUNTS 2097152   // row counts wanted (forward)
+#define FEATURE_COARSE_TILE 4194304  // the kernel's key tiles are of coarse rows (backward)
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
