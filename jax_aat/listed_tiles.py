@@ -165,9 +165,13 @@ class ListedTiles(TiledCall):
 
         if self.differentiable:
             together = jax.checkpoint(together, prevent_cse=False)
-        gradients, by_group = lax.scan(together, start, padded.reshape(groups, LANES))
+        if groups == 1:
+            gradients, found = together(start, padded)
+        else:
+            gradients, by_group = lax.scan(together, start, padded.reshape(groups, LANES))
+            found = {name: x.reshape(-1, *x.shape[2:]) for name, x in by_group.items()}
         place = jnp.argsort(order)
-        end = {name: x.reshape(-1, *x.shape[2:])[place] for name, x in by_group.items()}
+        end = {name: x[place] for name, x in found.items()}
         return end, {slot: self._uncut(slot, x, shapes[slot]) for slot, x in gradients.items()}
 
     def _walk(self, step: Step, state: Any, lanes: Lanes, header: jax.Array, coarse: bool) -> Any:
@@ -184,6 +188,8 @@ class ListedTiles(TiledCall):
             rows, keys = state
             return step(rows, keys, lanes, self._chunk(lanes, first, count, t * size, size, coarse))
 
+        if longest == 1:
+            return on_chunk(0, state)
         if not self.differentiable:
             return lax.fori_loop(0, trips, on_chunk, state)
         recomputed = jax.checkpoint(on_chunk, prevent_cse=False)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
 from jax_aat.levels import (
@@ -187,7 +188,8 @@ def _price_of(spare: jax.Array, leaves_exact: jax.Array, leaves_mean: jax.Array)
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
     shape = spare.shape
-    low, high = jnp.zeros(shape, jnp.uint32), jnp.full(shape, _INFINITE, jnp.uint32)
+    known = (spare, leaves_exact, leaves_mean)
+    low, high = (vary_like(jnp.full(shape, x, jnp.uint32), known) for x in (0, _INFINITE))
     _, price = lax.fori_loop(0, 15, halved, (low, high))
     return jnp.asarray(price)
 
