@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_aat import tiled_attention
+from jax_aat import Adaptation, ResolutionState, tiled_attention
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -24,12 +24,17 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention in which ``heads // kv_heads`` query heads share a key/value head."""
+    """Causal self-attention in which ``heads // kv_heads`` query heads share a key/value head.
+
+    With an adaptation the collection ``resolution`` holds the state of its attention, and the
+    report of a call is sown into the collection ``reports``.
+    """
 
     heads: int
     kv_heads: int
     dtype: Any
     implementation: str | None
+    adaptation: Adaptation | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,9 +44,22 @@ class Attention(nn.Module):
         query = project((self.heads, width // self.heads), name="query")(x)
         key = project((self.kv_heads, width // self.heads), name="key")(x)
         value = project((self.kv_heads, width // self.heads), name="value")(x)
-        attended = tiled_attention(
-            rotate(query), rotate(key), value, is_causal=True, implementation=self.implementation
+        attend = functools.partial(
+            tiled_attention, is_causal=True, implementation=self.implementation
         )
+        arrays = rotate(query), rotate(key), value
+        if self.adaptation is None:
+            attended = attend(*arrays)
+        else:
+            state = self.variable(
+                "resolution", "state", ResolutionState.init, query, key, self.adaptation
+            )
+            attended, following, report = attend(
+                *arrays, adaptation=self.adaptation, state=state.value, return_report=True
+            )
+            if self.is_mutable_collection("resolution") and not self.is_initializing():
+                state.value = following
+            self.sow("reports", "report", report)
         return project(width, axis=(-2, -1), name="out")(attended)
 
 
@@ -54,15 +72,16 @@ class LanguageModel(nn.Module):
     kv_heads: int
     dtype: Any
     implementation: str | None
+    adaptation: Adaptation | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps bytes [B, T] to the logits [B, T, 256], float32, of the byte that follows each."""
         x = nn.Embed(256, self.width, dtype=self.dtype)(tokens)
         for _ in range(self.layers):
-            x += Attention(self.heads, self.kv_heads, self.dtype, self.implementation)(
-                nn.RMSNorm(dtype=self.dtype)(x)
-            )
+            x += Attention(
+                self.heads, self.kv_heads, self.dtype, self.implementation, self.adaptation
+            )(nn.RMSNorm(dtype=self.dtype)(x))
             hidden = nn.Dense(4 * self.width, dtype=self.dtype)(nn.RMSNorm(dtype=self.dtype)(x))
             x += nn.Dense(self.width, dtype=self.dtype)(nn.gelu(hidden))
         return nn.Dense(256, dtype=jnp.float32)(nn.RMSNorm(dtype=jnp.float32)(x))

@@ -8,6 +8,10 @@ Everything is computed by JAX and Flax, but attention by `jax_aat.tiled_attentio
 given by ``--output`` receives the checkpoints, ``history.json`` with every loss, and ``loss.png``;
 after an interruption, ``--resume`` continues from the last checkpoint to the losses that the run
 would have had. Without it, a run replaces the checkpoints of the one before.
+
+With ``--adaptation budget=0.25`` (or ``tolerance=0.05``, or ``threshold=0.001``) attention is
+adaptive in training and evaluation: the report of every layer is printed, and ``resolution.png``
+shows at which level each tile of queries saw each granule of keys in the last step.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from text_data import Text, byte_frequency_loss, load_text, random_windows, spread_windows
 from text_model import LanguageModel
@@ -57,11 +62,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--save-every", type=int, default=100, help="steps between checkpoints and held-out losses"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument(
+        "--adaptation",
+        type=adaptation,
+        metavar="GOAL=NUMBER",
+        help="adaptive attention: budget=, tolerance= or threshold= and a number",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     args = parser.parse_args(arguments)
     if args.width % args.heads or args.heads % args.kv_heads or args.width // args.heads % 2:
         parser.error("--width must be an even multiple of --heads, --heads one of --kv-heads")
     return args
+
+
+def adaptation(goal: str) -> jax_aat.Adaptation:
+    """Reads an adaptation from ``goal=number``."""
+    name, _, number = goal.partition("=")
+    if name not in ("budget", "tolerance", "threshold"):
+        raise argparse.ArgumentTypeError(f"{name!r} is not budget, tolerance or threshold")
+    try:
+        return jax_aat.Adaptation(**{name: float(number)})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @dataclass
@@ -83,42 +105,67 @@ class Trainer:
             args.kv_heads,
             jnp.dtype(args.dtype),
             None if args.implementation == "auto" else args.implementation,
+            args.adaptation,
         )
         # The schedule does not depend on the number of steps, so a run can be resumed for more.
         schedule = optax.linear_schedule(0.0, args.learning_rate, transition_steps=50)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
-        def loss(params: Any, windows: jax.Array) -> jax.Array:
+        def loss(
+            params: Any, resolution: Any, windows: jax.Array
+        ) -> tuple[jax.Array, dict[str, Any]]:
             tokens = windows.astype(jnp.int32)
-            logits = model.apply(params, tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            logits, changed = model.apply(
+                {"params": params, "resolution": resolution},
+                tokens[:, :-1],
+                mutable=["resolution", "reports"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return losses.mean(), changed
 
         @partial(jax.jit, donate_argnums=0)
-        def step(state: dict[str, Any], windows: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-            value, gradients = jax.value_and_grad(loss)(state["params"], windows)
-            updates, optimiser_state = optimiser.update(
-                gradients, state["optimiser"], state["params"]
+        def step(
+            state: dict[str, Any], windows: jax.Array
+        ) -> tuple[dict[str, Any], jax.Array, Any]:
+            params = state["params"]
+            (value, changed), gradients = jax.value_and_grad(loss, has_aux=True)(
+                params, state["resolution"], windows
             )
-            params = optax.apply_updates(state["params"], updates)
-            return {"params": params, "optimiser": optimiser_state}, value
+            updates, optimiser_state = optimiser.update(gradients, state["optimiser"], params)
+            following = {
+                "params": optax.apply_updates(params, updates),
+                "optimiser": optimiser_state,
+                "resolution": changed.get("resolution", {}),
+            }
+            return following, value, changed.get("reports", {})
 
         @jax.jit
         def initialise() -> dict[str, Any]:
-            tokens = jnp.zeros((1, args.context), jnp.int32)
-            params = model.init(jax.random.key(args.seed), tokens)
-            return {"params": params, "optimiser": optimiser.init(params)}
+            tokens = jnp.zeros((args.batch, args.context), jnp.int32)
+            variables = model.init(jax.random.key(args.seed), tokens)
+            params = variables["params"]
+            resolution = variables.get("resolution", {})
+            optimiser_state = optimiser.init(params)
+            return {"params": params, "optimiser": optimiser_state, "resolution": resolution}
 
         self.state = initialise()
-        self.step = step
-        self.loss = jax.jit(loss)
+        self.reports: Any = {}
+        self._step = step
+        self._loss = jax.jit(lambda state, windows: loss(*state, windows)[0])
+
+    def step(self, windows: jax.Array) -> jax.Array:
+        """Takes a step of training and returns the loss before it."""
+        self.state, loss, self.reports = self._step(self.state, windows)
+        return loss
 
     def held_out_loss(self, batches: np.ndarray) -> float:
         """Returns the mean loss, in nats a byte, of batches [count, batch, context + 1]."""
-        losses = [self.loss(self.state["params"], windows) for windows in batches]
+        state = self.state["params"], self.state["resolution"]
+        losses = [self._loss(state, windows) for windows in batches]
         return float(np.mean(losses))
 
 
-def train(args: argparse.Namespace, text: Text) -> History:
+def train(args: argparse.Namespace, text: Text) -> tuple[History, Trainer]:
     """Trains up to ``args.steps``, from the last checkpoint if there is one to resume."""
     shape = (args.batch, args.context + 1)
     held_out = spread_windows(text.held_out, (HELD_OUT_BATCHES * shape[0], shape[1]))
@@ -143,8 +190,7 @@ def train(args: argparse.Namespace, text: Text) -> History:
         bar = tqdm(range(len(history.train), args.steps), unit="step")
         for step in bar:
             windows = random_windows(text.train, shape, seed=(args.seed, step))
-            trainer.state, loss = trainer.step(trainer.state, windows)
-            history.train.append(float(loss))
+            history.train.append(float(trainer.step(windows)))
             bar.set_postfix_str(f"loss {history.train[-1]:.3f}")
             done = step + 1
             if done % args.save_every == 0 or done == args.steps:
@@ -156,7 +202,7 @@ def train(args: argparse.Namespace, text: Text) -> History:
                         history=ocp.args.JsonSave(vars(history)),
                     ),
                 )
-    return history
+    return history, trainer
 
 
 def plot(history: History, baseline: float, path: Path) -> None:
@@ -171,12 +217,32 @@ def plot(history: History, baseline: float, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def show_adaptation(args: argparse.Namespace, trainer: Trainer) -> None:
+    """Prints the report of every layer's last call and draws the levels of its first heads."""
+    layers = sorted(trainer.state["resolution"])
+    figure = Figure(figsize=(4 * len(layers), 4), layout="constrained")
+    axes = figure.subplots(1, len(layers), squeeze=False)[0]
+    for ax, layer in zip(axes, layers, strict=True):
+        if layer in trainer.reports:
+            print(f"{layer}\n{trainer.reports[layer]['report'][0]}")
+        words = np.asarray(trainer.state["resolution"][layer]["state"].levels)[0, 0]
+        level = (words[..., None] >> (2 * np.arange(16, dtype=np.uint32))) & 3
+        level = level.reshape(len(words), -1)[:, : math.ceil(args.context / 16)]
+        colours = ListedColormap(["black", "tab:orange", "tab:cyan", "white"])
+        picture = ax.imshow(level, cmap=colours, vmin=-0.5, vmax=3.5, aspect="auto")
+        ax.set(xlabel="granule of 16 keys", ylabel="tile of queries", title=layer)
+    bar = figure.colorbar(picture, ax=axes, ticks=range(4))
+    bar.ax.set_yticklabels(["exact", "mean", "super-tile", "not seen"])
+    figure.savefig(args.output / "resolution.png", dpi=150)
+    print(f"resolution {args.output / 'resolution.png'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> History:
     """Runs the example and returns its losses."""
     args = parse_arguments(arguments)
     text = load_text()
     print(f"text       {text.files} files, {len(text.train)} bytes, {len(text.held_out)} held out")
-    history = train(args, text)
+    history, trainer = train(args, text)
     print(f"attention  {jax_aat.last_dispatch() or 'by XLA'}")
     baseline = byte_frequency_loss(text)
     for name, nats in (("model", history.held_out[-1][1]), ("byte frequencies", baseline)):
@@ -184,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> History:
     (args.output / "history.json").write_text(json.dumps(vars(history), indent=1))
     plot(history, baseline, args.output / "loss.png")
     print(f"loss curve {args.output / 'loss.png'}")
+    if args.adaptation is not None:
+        show_adaptation(args, trainer)
     return history
 
 

@@ -1,7 +1,7 @@
 """The audit of a call: exact attention for a few random rows, and what follows of all of them.
 
 One row of every stretch of 1 / `audit_rate` queries is drawn for each batch entry, the same for all
-heads. What is estimated and how its interval is made stands in `docs/adaptation.md`.
+heads. What is estimated and how its interval is made stands in `docs/resolution.md`.
 """
 
 import dataclasses
@@ -76,7 +76,10 @@ class Audit:
         student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))
         width = jnp.minimum(student * _ratio(deviation, total, 0.0), 80) / 2
         factors = jnp.exp(jnp.stack([-width, width], -1))
-        return self.relative_error[..., None] * factors
+        # Where no audited row has an error, at most 3 / n of all have one, at this level.
+        unseen = jnp.sqrt(jnp.minimum(_ratio(3.0, n, 0.0), 1))
+        unseen = jnp.stack([jnp.zeros_like(unseen), unseen], -1)
+        return jnp.where(total[..., None] > 0, self.relative_error[..., None] * factors, unseen)
 
     @property
     def information_flow_quality(self) -> jax.Array:

@@ -1,6 +1,6 @@
 """`Report`: what an adaptive call did and how well, by head.
 
-The definitions of the metrics stand in `docs/adaptation.md`.
+The definitions of the metrics stand in `docs/resolution.md`.
 """
 
 import dataclasses
@@ -123,8 +123,10 @@ class Report:
             columns["CER"] = _plain(mean(self.compute_to_efficiency))
             columns["AE"] = _plain(mean(self.adaptation_efficiency))
             columns["error"] = [f"{x:.2g}" for x in mean(self.relative_error)]
+            # From a few rows of which one has most of the error nothing follows.
             columns["95% interval"] = [
-                f"{a:.2g} to {b:.2g}" for a, b in zip(low, high, strict=True)
+                f"{a:.2g} to {b:.2g}" if b < 1e3 * a or a == 0 else "too few rows"
+                for a, b in zip(low, high, strict=True)
             ]
         columns["dR/dt"] = [f"{x:.2f}" for x in mean(self.change)]
         columns["overhead"] = _percent(mean(self.overhead))

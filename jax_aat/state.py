@@ -29,7 +29,7 @@ FIRST_GAIN_DOWN, FIRST_GAIN_UP = 12.0, 2.0
 too large is to go at once, one that is too small may take its time."""
 LARGEST_RATIO = 4.0
 """Bound of |log(tolerance / audited error)|."""
-MEMORY = 0.3
+MEMORY = 0.15
 """Weight of a new audit in the moving average."""
 REST = 50
 """Calls for which a list stays exact once it has turned out that it cannot save anything."""
@@ -159,7 +159,7 @@ class ResolutionState:
         # An average that contradicts the audit says how things were.
         low, high = jnp.moveaxis(found.interval, -1, 0)
         past = average.relative_error
-        stale = (average.rows == 0) | (past < low) | (past > high)
+        stale = (average.rows == 0) | (past < low / 2) | (past > 2 * high)
         weight = jnp.repeat(jnp.where(stale, 1.0, MEMORY), heads // lists, axis=-1)
         average = self.audit.blended(audit, weight)
         state = dataclasses.replace(state, audit=average)

@@ -72,3 +72,23 @@ def test_sizes_that_do_not_fit_are_refused_in_words() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--width must be an even multiple of --heads" in done.stderr
+
+
+def test_adaptation_prints_reports_and_draws_the_levels(tmp_path: Path) -> None:
+    flags = [*TINY, "--context=128", "--steps=3", "--implementation=xla"]
+    run = run_example(tmp_path, *flags, "--adaptation=tolerance=0.1")
+    assert re.search(r"^Attention_0\n *head +exact +mean ", run.printed, re.MULTILINE)
+    assert len(re.findall(r"^ +\d +\d+\.\d%", run.printed, re.MULTILINE)) == 4
+    assert (tmp_path / "resolution.png").read_bytes().startswith(b"\x89PNG")
+    assert np.isfinite(run.held_out).all()
+    (tmp_path / "resolution.png").unlink()
+    resumed = run_example(tmp_path, *flags, "--steps=5", "--adaptation=tolerance=0.1", "--resume")
+    assert "resumed    at step 3" in resumed.printed
+    assert (tmp_path / "resolution.png").exists()
+
+
+def test_an_adaptation_that_means_nothing_is_refused_in_words() -> None:
+    command = [sys.executable, str(EXAMPLE), "--adaptation=speed=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'speed' is not budget, tolerance or threshold" in done.stderr
