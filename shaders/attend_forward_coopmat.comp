@@ -2,24 +2,64 @@
 // Exact attention of a tile of queries to the keys on its work list, on cooperative matrices: out
 // and logsumexp. A subgroup keeps its rows of Q and O in registers; keys and values pass through
 // shared memory. The softmax is kept in powers of two.
+//
+// Weights are relative to a reference. The fast pass guesses it from the first keys and keeps it:
+// the range of float32, and of bfloat16, holds weights 2^60 above and below. It checks that at the
+// end, and marks a tile whose sums have left the range; the careful pass (FEATURE_CAREFUL), which
+// follows it, computes marked tiles anew with references that follow the maxima. Following them
+// always cost a sixth of the speed.
 #include "common/coopmat_query_tile.glsl"
+
+#extension GL_KHR_shader_subgroup_arithmetic : require
+
+const bool CAREFUL = (FEATURES & FEATURE_CAREFUL) != 0;
 
 // Granules scored at once, in registers.
 const uint PART_GRANULES = HEAD_DIM <= 64 ? 2 : 1;
+// Factors loaded before the barrier in front of their products, so that these do not wait for them:
+// 6% faster with both; with more of them registers run out.
+const uint KEYS_AHEAD = 2;
+const uint VALUES_AHEAD = DIM_TILES < 4 ? DIM_TILES : (HEAD_DIM <= 64 ? 4 : 3);
 
 const float LOWEST = -1e38;  // finite: exp2(-INFINITY - LOWEST) is 0
-// The reference that weights are relative to follows the maximum of a row only when that has grown
-// by more than this, so that O is rarely rescaled; weights stay within float16.
+// The reference of the careful pass follows the maximum of a row only when that has grown by more
+// than this, so that O is rarely rescaled; weights stay within float16.
 const float SLACK = 8.0;
+
+// In bfloat16 the rows of a subgroup share their reference in one uniform register; the range of
+// float16 is too narrow for that.
+const bool SHARES_REFERENCE = DTYPE == DTYPE_BF16 && !CAREFUL;
+// What the sum of a row may be. Weights of less than 2^-14 lose digits in float16.
+const float MIN_SUM = DTYPE == DTYPE_BF16 ? 1e-18 : 0.015625;
+const float MAX_SUM = DTYPE == DTYPE_BF16 ? 1e18 : 16384.0;
+// Logsumexp of the first row of a tile that the fast pass leaves to the careful one: a NaN that no
+// arithmetic makes. (If some did, the tile would be computed twice.)
+#define MARK 0x7fc0a11eu
 
 QueryTile tile;
 float to_log2;
 Left q[ROW_TILES][DIM_TILES];
 Accumulator o[ROW_TILES][DIM_TILES];
 float reference[ROWS], sum[ROWS];
+float shared_reference;
+Right keys_ahead[KEYS_AHEAD];
+shared uint failed;
 
-// Lets the references follow the maxima of the scores `top`.
-void rescale(float top[ROWS]) {
+float reference_of(uint r) { return SHARES_REFERENCE ? shared_reference : reference[r]; }
+
+// Lets the references follow the maxima of the scores.
+void follow_maxima(Accumulator s[ROW_TILES][PART_GRANULES]) {
+  float top[ROWS];
+  bool grown = false;
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    uint t = r / LANE_ROWS, first = r % LANE_ROWS * LANE_COLUMNS;
+    top[r] = s[t][0][first];
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+      [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) top[r] = max(top[r], s[t][g][first + c]);
+    }
+    grown = grown || top[r] * to_log2 > reference[r] + SLACK;
+  }
+  if (!subgroupAny(grown)) return;
   [[unroll]] for (uint r = 0; r < ROWS; ++r) {
     float next = max(reference[r], quad_max(top[r]) * to_log2);
     float shrink = exp2(reference[r] - next);
@@ -33,6 +73,35 @@ void rescale(float top[ROWS]) {
   }
 }
 
+void load_keys(out Right k, uint keys_start, uint granule, uint d) {
+  coopMatLoad(k, staged, keys_start + granule * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
+}
+
+void load_values(out Right v, uint values_start, uint granule, uint d) {
+  coopMatLoad(v, staged, values_start + granule * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+}
+
+// Q K^T for a part of a staged block.
+void score(out Accumulator s[ROW_TILES][PART_GRANULES], uint keys_start, uint part) {
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) s[t][g] = Accumulator(0.0);
+  }
+  [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+      Right k;
+      uint n = d * PART_GRANULES + g;
+      if (part > 0 && n < KEYS_AHEAD) {
+        k = keys_ahead[n];
+      } else {
+        load_keys(k, keys_start, part + g, d);
+      }
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
+      }
+    }
+  }
+}
+
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
   begin_step(walk);
@@ -40,18 +109,12 @@ void attend_block(Walk walk, uint block, bool mixed) {
   [[unroll]] for (uint part = 0; part < BLOCK_GRANULES; part += PART_GRANULES) {
     if (is_halfway(part, PART_GRANULES)) continue_step(walk, block);
     Accumulator s[ROW_TILES][PART_GRANULES];
-    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) s[t][g] = Accumulator(0.0);
+    score(s, keys_start, part);
+    Right values_ahead[VALUES_AHEAD];
+    [[unroll]] for (uint d = 0; d < VALUES_AHEAD; ++d) {
+      load_values(values_ahead[d], values_start, part, d);
     }
-    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
-        Right k;
-        coopMatLoad(k, staged, keys_start + (part + g) * 16 * PITCH + 2 * d, PITCH, COLUMN_MAJOR);
-        [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-          s[t][g] = coopMatMulAdd(q[t][d], k, s[t][g]);
-        }
-      }
-    }
+    limit_overlap();
     if (mixed) {
       [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
         uint granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
@@ -65,26 +128,16 @@ void attend_block(Walk walk, uint block, bool mixed) {
         }
       }
     }
+    if (CAREFUL) follow_maxima(s);
 
-    float top[ROWS];
-    bool grown = false;
-    [[unroll]] for (uint r = 0; r < ROWS; ++r) {
-      uint t = r / LANE_ROWS, first = r % LANE_ROWS * LANE_COLUMNS;
-      top[r] = s[t][0][first];
-      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
-        [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) top[r] = max(top[r], s[t][g][first + c]);
-      }
-      grown = grown || top[r] * to_log2 > reference[r] + SLACK;
-    }
-    if (subgroupAny(grown)) rescale(top);
-
+    bool has_next_part = part + PART_GRANULES < BLOCK_GRANULES;
     [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
       Left p[ROW_TILES];
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
         [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
           uint r = t * LANE_ROWS + i / LANE_COLUMNS;
-          vec2 weight = exp2(vec2(fma(s[t][g][i], to_log2, -reference[r]),
-                                  fma(s[t][g][i + 1], to_log2, -reference[r])));
+          vec2 weight = exp2(vec2(fma(s[t][g][i], to_log2, -reference_of(r)),
+                                  fma(s[t][g][i + 1], to_log2, -reference_of(r))));
           sum[r] += weight.x;
           sum[r] += weight.y;
           ElementPair pair = ElementPair(weight);
@@ -94,7 +147,17 @@ void attend_block(Walk walk, uint block, bool mixed) {
       }
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right v;
-        coopMatLoad(v, staged, values_start + (part + g) * 16 * PITCH + 2 * d, PITCH, ROW_MAJOR);
+        if (g == 0 && d < VALUES_AHEAD) {
+          v = values_ahead[d];
+        } else {
+          load_values(v, values_start, part + g, d);
+        }
+        if (has_next_part && g == PART_GRANULES - 1 && d == max(DIM_TILES, 2) - 2) {
+          [[unroll]] for (uint n = 0; n < KEYS_AHEAD; ++n) {
+            uint granule = part + PART_GRANULES + n % PART_GRANULES;
+            load_keys(keys_ahead[n], keys_start, granule, n / PART_GRANULES);
+          }
+        }
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) o[t][d] = coopMatMulAdd(p[t], v, o[t][d]);
       }
     }
@@ -103,11 +166,62 @@ void attend_block(Walk walk, uint block, bool mixed) {
   end_step(block);
 }
 
+// The largest score of a row in the lane's columns; NaN counts for nothing.
+float largest(Accumulator s[ROW_TILES][PART_GRANULES], uint r) {
+  float top = LOWEST;
+  [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+    [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+      float value = s[r / LANE_ROWS][g][r % LANE_ROWS * LANE_COLUMNS + c];
+      top = value > top ? value : top;
+    }
+  }
+  return top;
+}
+
+// Guesses the references from the first keys of the first block, seen or not. Scores with a bias or
+// a soft cap are taken to be about 0.
+void guess_references() {
+  shared_reference = 0.0;
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) reference[r] = 0.0;
+  if (TRANSFORMED) return;
+  Accumulator s[ROW_TILES][PART_GRANULES];
+  score(s, stage_start(0), 0);
+  float top = LOWEST;
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    top = max(top, largest(s, r));
+    reference[r] = quad_max(largest(s, r)) * to_log2;
+  }
+  shared_reference = subgroupMax(top) * to_log2;
+}
+
+// Whether all rows are the result: none has left the range of its weights. A row that sees nothing
+// has, too.
+bool in_range() {
+  bool good = true;
+  float most = 0.0;
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    float total = quad_sum(sum[r]);
+    uint row = subgroup_row(r / LANE_ROWS) + lane_row(r % LANE_ROWS);
+    bool exists = tile.first_position + row / TILE_HEADS < query_limit;
+    good = good && (!exists || (total > MIN_SUM && total < MAX_SUM));
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+        most = max(most, abs(o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c]));
+      }
+    }
+  }
+  return good && most < 1e38;
+}
+
 void main() {
   if (!locate_uniform_tile(tile)) return;
+  View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
+  uint first_row = row_start(lse_view, tile.first_position, 0);
+  if (CAREFUL && subgroupAny(Words(lse_view.base).word[first_row] != MARK)) return;
   set_scores(tile.first_head);
   to_log2 = score_factor();
   View q_view = view_of(OPERAND_Q, tile.first_head, 1);
+  if (gl_LocalInvocationIndex == 0) failed = 0;
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     exchange_in(q_view, tile, t, negate_products());
     barrier();
@@ -123,12 +237,13 @@ void main() {
   }
 
   Walk walk = start_walk(tile);
+  if (!CAREFUL) guess_references();
   uint block = 0;
   for (; block < walk.full_blocks; ++block) attend_block(walk, block, false);
   for (; block < walk.blocks; ++block) attend_block(walk, block, true);
+  if (!CAREFUL && walk.blocks > 0 && !in_range()) failed = 1;
 
   View out_view = view_of(OPERAND_OUT, tile.first_head, 1);
-  View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
   float gain = truncation_gain();
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {
@@ -138,7 +253,7 @@ void main() {
       float total = quad_sum(sum[r]);
       if (position < PARAMS.queries && gl_SubgroupInvocationID % 4 == 0) {
         uint at = row_start(lse_view, position, row % TILE_HEADS);
-        float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference[r] + log2(total)) * LN_2;
+        float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference_of(r) + log2(total)) * LN_2;
         Words(lse_view.base).word[at] = floatBitsToUint(lse);
       }
       float share = total == 0.0 ? 0.0 : gain / total;
@@ -155,4 +270,5 @@ void main() {
     exchange_out(out_view, tile, t);
     barrier();
   }
+  if (gl_LocalInvocationIndex == 0 && failed != 0) Words(lse_view.base).word[first_row] = MARK;
 }

@@ -78,18 +78,52 @@ def test_one_gradient_alone(wanted):
     np.testing.assert_array_equal(alone, together)
 
 
-def test_maximum_that_grows_block_by_block():
-    """Rescaling: every block of keys beats the ones before by more than the slack."""
-    require_matrices("bfloat16")
-    problem = make(dtype="bfloat16", head_dim=64, queries=130, keys=320, batch=(1,))
-    growth = np.linspace(1, 60, 320, dtype=np.float32)[:, None, None]
-    k = np.abs(problem.k.astype(np.float32)) * growth
-    q = np.abs(problem.q.astype(np.float32))
-    problem = replace(problem, q=q.astype(problem.q.dtype), k=k.astype(problem.k.dtype))
+def growing(problem):
+    """Every block of keys beats the ones before by far more than float16 or float32 can hold."""
+    keys = problem.k.shape[-3]
+    growth = np.linspace(1, 60, keys, dtype=np.float32)[:, None, None]
+    return np.abs(problem.q.astype(np.float32)), np.abs(problem.k.astype(np.float32)) * growth
+
+
+def far_apart(problem):
+    """Neighbouring queries whose scores are of quite different size, and below zero."""
+    queries = problem.q.shape[-3]
+    sizes = np.where(np.arange(queries) % 2, 40, 0.1).astype(np.float32)[:, None, None]
+    q, k = problem.q.astype(np.float32), problem.k.astype(np.float32)
+    return np.abs(q) * sizes, -np.abs(k)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scores", [growing, far_apart])
+def test_weights_out_of_the_range_of_the_fast_pass(scores, dtype, head_dim):
+    """The careful pass computes these tiles anew, and leaves the others as they are."""
+    require_matrices(dtype)
+    problem = make(dtype=dtype, head_dim=head_dim, queries=300, keys=320, batch=(2,))
+    plain = forward(problem)[0]
+    q, k = (x[0].astype(problem.q.dtype) for x in scores(problem))
+    problem = replace(problem, q=problem.q.copy(), k=problem.k.copy())
+    problem.q[0], problem.k[0] = q, k
     expected = Attention(problem)
     out, logsumexp = forward(problem)
-    assert relative_error(out, expected.out) <= TOLERANCE["bfloat16"][0]
+    kernels = vulkan.last_dispatch().kernels
+    assert sum(kernel.startswith("attend_forward_coopmat") for kernel in kernels) == 2
+    assert relative_error(out[0], expected.out[0]) <= TOLERANCE[dtype][0]
     assert relative_error(logsumexp, expected.logsumexp) <= 2e-5
+    np.testing.assert_array_equal(out[1], plain[1])
+
+
+def test_nan_stays_in_its_row():
+    require_matrices("bfloat16")
+    problem = make(dtype="bfloat16", head_dim=64, queries=300, keys=320, causal=True)
+    expected, _ = forward(problem)
+    problem = replace(problem, q=problem.q.copy())
+    problem.q[0, 170, 1] = np.nan
+    out, logsumexp = (x.copy() for x in forward(problem))
+    assert np.isnan(out[0, 170, 1].astype(np.float32)).all()
+    assert np.isnan(logsumexp[0, 170, 1])
+    out[0, 170, 1] = expected[0, 170, 1]
+    assert relative_error(out, expected) <= TOLERANCE["bfloat16"][0]
 
 
 def test_the_same_bits_every_time():

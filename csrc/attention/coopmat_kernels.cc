@@ -34,6 +34,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   switch (kernel) {
     case Kernel::kForward:
       shape = {"attend_forward_coopmat", 128, 128, narrow ? 64u : 32u};
+      shape.has_careful_pass = true;
       break;
     case Kernel::kBackwardDq:
       shape = {"attend_backward_dq_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};

@@ -20,6 +20,7 @@ struct KernelShape {
   std::uint32_t thread_rows = 0;    // portable kernels: rows of the tile that a thread multiplies
   std::uint32_t slice_columns = 0;  // portable kernels: columns of head_dim in shared memory
   std::uint32_t required_subgroup_size = 0;
+  bool has_careful_pass = false;  // it marks tiles that its second pass (FEATURE_CAREFUL) redoes
 };
 
 // A way of computing attention that a device may or may not be able to run.

@@ -143,6 +143,12 @@ class Planner {
     needs_barrier_ = true;
     AddKernel(shape, features, QueryTiles(shape),
               flops_a_pair_and_column * pairs_ * params_.head_dim);
+    if (shape.has_careful_pass) {
+      needs_barrier_ = true;
+      // No flops: of what tiles it computes, those of the first pass were wasted.
+      AddKernel(shape, features, QueryTiles(shape), 0);
+      plan_.dispatches.back().specialization[kFeatures] |= FEATURE_CAREFUL;
+    }
   }
 
   KernelShape Choose(Kernel kernel) {

@@ -9,13 +9,20 @@ struct KeyTile {
   uvec4 list;  // header of what it sees
 };
 
+// Under a causal mask the first tiles are the longest: those of so many heads start together, so
+// that the GPU is left with short ones at the end (head_dim 64, length 4,096: 10% faster).
+const uint HEADS_AT_ONCE = (FEATURES & FEATURE_CAUSAL) != 0 && HEAD_DIM <= 64 ? 8 : 1;
+
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
-  uint tiles = divide_up(PARAMS.keys, TILE_ROWS), index = workgroup_index();
-  uint entry = index / (tiles * PARAMS.kv_heads);
-  if (entry >= PARAMS.batch_count) return false;
-  set_batch(entry);
-  uint kv_head = index / tiles % PARAMS.kv_heads, number = index % tiles;
+  uint tiles = divide_up(PARAMS.keys, TILE_ROWS), heads = PARAMS.batch_count * PARAMS.kv_heads;
+  uint first = workgroup_index() / (tiles * HEADS_AT_ONCE) * HEADS_AT_ONCE;
+  if (first >= heads) return false;
+  uint index = workgroup_index() - first * tiles, heads_at_once = min(HEADS_AT_ONCE, heads - first);
+  if (index >= heads_at_once * tiles) return false;
+  uint head = first + index % heads_at_once, number = index / heads_at_once;
+  set_batch(head / PARAMS.kv_heads);
+  uint kv_head = head % PARAMS.kv_heads;
   uint list = (batch_list() + kv_head * PARAMS.key_list_head_stride) * tiles + number;
   tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);
   tile.kv_head = subgroupBroadcastFirst(kv_head);

@@ -59,6 +59,7 @@ using uint = std::uint32_t;
 #define FEATURE_DBIAS 2048
 #define FEATURE_DOUT 4096    // cotangent of out given (backward)
 #define FEATURE_DLSE 8192    // cotangent of logsumexp given (backward)
+#define FEATURE_CAREFUL 16384  // second pass of a kernel, over the tiles that the first has marked
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
