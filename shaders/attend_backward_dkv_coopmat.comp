@@ -50,7 +50,6 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     }
     Right dout_ahead[AHEAD], dout_columns_ahead[AHEAD], q_ahead[AHEAD];
     [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(dout_ahead[d], dout_start, g, d);
-    if (HEAD_DIM > 64) limit_overlap();
     if (mixed) {
       uint granule = walk.entries.entry[walk.first_entry + current.block * BLOCK_GRANULES + g];
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {

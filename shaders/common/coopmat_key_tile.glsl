@@ -2,6 +2,7 @@
 // transposed work list.
 #include "common/coopmat_rows.glsl"
 #include "common/coopmat_scores.glsl"
+#include "common/launch_order.glsl"
 
 struct KeyTile {
   uint first_key;
@@ -9,18 +10,10 @@ struct KeyTile {
   uvec4 list;  // header of what it sees
 };
 
-// Under a causal mask the first tiles are the longest: those of so many heads start together, so
-// that the GPU is left with short ones at the end (head_dim 64, length 4,096: 10% faster).
-const uint HEADS_AT_ONCE = (FEATURES & FEATURE_CAUSAL) != 0 && HEAD_DIM <= 64 ? 8 : 1;
-
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
-  uint tiles = divide_up(PARAMS.keys, TILE_ROWS), heads = PARAMS.batch_count * PARAMS.kv_heads;
-  uint first = workgroup_index() / (tiles * HEADS_AT_ONCE) * HEADS_AT_ONCE;
-  if (first >= heads) return false;
-  uint index = workgroup_index() - first * tiles, heads_at_once = min(HEADS_AT_ONCE, heads - first);
-  if (index >= heads_at_once * tiles) return false;
-  uint head = first + index % heads_at_once, number = index / heads_at_once;
+  uint tiles = divide_up(PARAMS.keys, TILE_ROWS), head, number;
+  if (!launched_tile(PARAMS.batch_count * PARAMS.kv_heads, tiles, head, number)) return false;
   set_batch(head / PARAMS.kv_heads);
   uint kv_head = head % PARAMS.kv_heads;
   uint list = (batch_list() + kv_head * PARAMS.key_list_head_stride) * tiles + number;
@@ -82,14 +75,18 @@ Step step_after(Step step, Walk walk) {
   return Step(wraps ? 0 : step.block + 1, step.first_head + (wraps ? TILE_HEADS : 0));
 }
 
+bool holds_state() { return gl_LocalInvocationIndex < BLOCK_ROWS; }
+
 void name_next(Walk walk) {
   uint entry = walk.first_entry + next.block * BLOCK_GRANULES;
   name_granules(walk.entries, entry);
-  uint row = min(gl_LocalInvocationIndex, BLOCK_ROWS - 1);
-  next_state_granule = walk.entries.entry[entry + row / GRANULE_ROWS];
+  if (holds_state()) {
+    next_state_granule = walk.entries.entry[entry + gl_LocalInvocationIndex / GRANULE_ROWS];
+  }
 }
 
 void fetch_state(Walk walk) {
+  if (!holds_state()) return;
   uint row = gl_LocalInvocationIndex % GRANULE_ROWS, head = next.first_head + row % TILE_HEADS;
   uint position = min(next_state_granule + row / TILE_HEADS, walk.last_position);
   next_state.x = load_float(walk.logsumexp.base, row_start(walk.logsumexp, position, head));
@@ -99,7 +96,7 @@ void fetch_state(Walk walk) {
 }
 
 void stage_state(uint stage) {
-  if (gl_LocalInvocationIndex < BLOCK_ROWS) {
+  if (holds_state()) {
     staged_state[(stage & 1) * BLOCK_ROWS + gl_LocalInvocationIndex] =
         vec2(weight_reference(next_state.x), next_state.y);
   }
