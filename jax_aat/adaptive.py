@@ -6,7 +6,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jax_aat.adaptation import Adaptation
@@ -52,7 +51,7 @@ def attend(
         out, lse, _ = forward(values, options, implementation)
         return out, lse, plan
     state = correction(operands, options)
-    values[Slot.LEVEL_BIAS] = state.level_bias.astype(jnp.float32)
+    values[Slot.LEVEL_BIAS] = state.level_bias
     out, lse, shares = forward(values, options, implementation)
     return state.applied(out, shares), lse, plan
 

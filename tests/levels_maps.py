@@ -65,8 +65,7 @@ def tiles_of(grid: Grid, levels: Array, visible: Array) -> dict[tuple[int, int, 
     tiles = {}
     for at in np.ndindex(levels.shape[:-1]):
         exact = np.flatnonzero(levels[at] == EXACT).tolist()
-        whole = [g for g in exact if (g + 1) * GRANULE <= grid.keys]
-        full = [g for g in whole if rows_of(grid, visible, (*at, g)).all()]
+        full = [g for g in exact if rows_of(grid, visible, (*at, g)).all()]
         sizes = grid.granule_sizes
         coarse = {int(g): int(sizes[g]) for g in np.flatnonzero(levels[at] == MEAN)}
         for j in range(grid.super_tiles):

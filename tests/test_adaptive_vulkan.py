@@ -1,14 +1,16 @@
 """Adaptive attention on a Vulkan device for random levels maps, against the dense oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import TOLERANCE, Ran, assert_close
+from comparison import TOLERANCE, Ran, assert_close, normal
 from levels_maps import Array, plan_of, random_levels, tiles_of
 from oracle import Problem, visible
 
-from jax_aat import primitives
+from jax_aat import Adaptation, plan_tiles, primitives, tiled_attention
 from jax_aat.levels import Grid
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import Operands, Options, Slot
@@ -268,3 +270,54 @@ def test_corrupted_plan_reads_nothing_outside(rng, slot, garbage):
 def test_maps_use_all_levels(rng):
     """The random maps are what these tests take them for."""
     assert set(np.unique(Case(rng, **CASES["long_causal"]).levels)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("levels", [(0,), (0, 1, 2)])
+def test_equals_xla_for_a_plan_of_the_router(rng, dtype, levels):
+    """Results and gradients, through the public functions."""
+    adaptation = Adaptation(threshold=1e-4, levels=levels, query_tile=64)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1100, heads, 16)), dtype) for heads in (2, 1, 1))
+    plan = plan_tiles(q, k, v, is_causal=True, adaptation=adaptation)
+
+    def attend(implementation, *values):
+        return tiled_attention(
+            *values,
+            is_causal=True,
+            adaptation=adaptation,
+            plan=plan,
+            implementation=implementation,
+        )
+
+    expected, pull = jax.vjp(functools.partial(attend, "xla"), q, k, v)
+    cotangent = normal(rng, *expected.shape, dtype=dtype)
+    expected_gradients = pull(cotangent)
+    with Ran("vulkan", "forward"):
+        actual, pull = jax.vjp(functools.partial(attend, "vulkan"), q, k, v)
+    with Ran("vulkan", "backward"):
+        gradients = pull(cotangent)
+    assert_close(actual, expected, TOLERANCE[dtype][0])
+    assert_close(gradients, expected_gradients, TOLERANCE[dtype][1])
+
+
+def test_transformations(rng):
+    """jit, vmap and second order with a frozen plan equal what XLA computes."""
+    adaptation = Adaptation(threshold=1e-4, query_tile=16)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 90, 1, 8)), jnp.float32) for _ in range(3))
+
+    def curvature(implementation):
+        def loss(q, k, v):
+            plan = plan_tiles(q, k, v, adaptation=adaptation)
+            out = tiled_attention(
+                q, k, v, adaptation=adaptation, plan=plan, implementation=implementation
+            )
+            return jnp.square(out).sum()
+
+        def one(*values):
+            return jax.jvp(jax.grad(loss, (0, 1, 2)), values, values[::-1])
+
+        return jax.jit(jax.vmap(one))(q, k, v)
+
+    with Ran("vulkan", "forward", "tangent", "backward"):
+        actual = jax.block_until_ready(curvature("vulkan"))
+    assert_close(actual, curvature("xla"), TOLERANCE["float32"][1])

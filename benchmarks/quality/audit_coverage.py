@@ -42,6 +42,12 @@ def audited(
     return jax.lax.map(call, jnp.arange(calls))
 
 
+def _factor(width: np.ndarray) -> str:
+    """The median factor between the ends of intervals."""
+    median = np.median(width)
+    return f"{median:.2f}" if median < 1000 else "> 1000"
+
+
 def main() -> None:
     """Prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -59,12 +65,12 @@ def main() -> None:
             )
             low, high = interval[..., 0], interval[..., 1]
             covered = (low <= true) & (true <= high)
-            width = high / low
+            width = high / np.maximum(low, 1e-30)
             print(
                 f"| {kind} | {batch} x {length} | {batch * length // 64} "
                 f"| {true[:, -1].mean():.3f} | {(found**2).sum() / (true**2).sum():.3f} "
-                f"| {covered[:, :-1].mean():.1%} | {np.median(width[:, :-1]):.2f} "
-                f"| {covered[:, -1].mean():.1%} | {np.median(width[:, -1]):.2f} |",
+                f"| {covered[:, :-1].mean():.1%} | {_factor(width[:, :-1])} "
+                f"| {covered[:, -1].mean():.1%} | {_factor(width[:, -1])} |",
                 flush=True,
             )
 

@@ -47,14 +47,21 @@ WorkList work_list(uvec4 header, uvec2 entries) {
 
 // What a tile of queries sees. A tile of a plan may span several of the kernel's.
 WorkList query_list(uint chunk, uint tile, uint tile_positions) {
+  uvec2 entries = view_of(OPERAND_LIST_ENTRIES, chunk, 2).base;
   uvec4 header;
   if (has(FEATURE_PLAN)) {
     tile = tile * tile_positions / PARAMS.plan_positions;
     header = bounded_header(list_header(OPERAND_LIST_HEADERS, chunk, tile));
+    // A plan counts the granule that the end of the keys cuts as full, being the last, where all its
+    // keys are seen; but it has rows to hide.
+    if (header.y > 0) {
+      uint last = load_word(entries, header.x + header.y - 1);
+      if (last + GRANULE_ROWS > PARAMS.keys) --header.y;
+    }
   } else {
     header = list_header(OPERAND_LIST_HEADERS, chunk, tile);
   }
-  return work_list(header, view_of(OPERAND_LIST_ENTRIES, chunk, 2).base);
+  return work_list(header, entries);
 }
 
 // The granules of queries that see a tile of keys; not of a plan.
