@@ -1,8 +1,8 @@
 #version 460
 // Gradient of a tile of queries, on cooperative matrices: with P = exp(S - logsumexp) over the
-// keys and coarse rows of its work list, dS = P (dout V^T - delta), dq = scale dS K; and that of the
-// biases of coarse rows. A subgroup keeps its rows of
-// q, dout and dq in registers; keys and values pass through shared memory.
+// keys and coarse rows of its work list, dS = P (dout V^T - delta), dq = scale dS K; and that of
+// the biases of coarse rows. A subgroup keeps its rows of q, dout and dq in registers; keys and
+// values pass through shared memory.
 #include "common/coopmat_coarse.glsl"
 
 const uint PART_GRANULES = 2;  // scored at once, in registers

@@ -1,7 +1,8 @@
 #version 460
 // Attention of a tile of queries to the keys, and the coarse rows of a plan, on its work list, on
-// cooperative matrices: out, logsumexp and the shares of coarse rows. A subgroup keeps its rows of Q and O in registers; keys and values pass through
-// shared memory. The softmax is kept in powers of two.
+// cooperative matrices: out, logsumexp and the shares of coarse rows. A subgroup keeps its rows of
+// Q and O in registers; keys and values pass through shared memory. The softmax is kept in powers
+// of two.
 //
 // Weights are relative to a reference. The fast pass guesses it from the first keys and keeps it:
 // the range of float32, and of bfloat16, holds weights 2^60 above and below. It checks that at the
