@@ -123,7 +123,8 @@ def correction(operands: Operands, options: Options) -> Correction:
     scatter = jnp.pad(scatter, ((0, 0), (0, missing), (0, 0), (0, 0)))
     scatter = scatter.reshape(scatter.shape[0], weight.shape[1], -1, *scatter.shape[2:]).sum(2)
     small = _running(scatter, weight)
-    ratio = small.sum(-1) / jnp.maximum(large.sum(-1), jnp.finfo(large.dtype).tiny)
+    traces = large.sum(-1)
+    ratio = jnp.where(traces > 0, small.sum(-1) / jnp.where(traces > 0, traces, 1), 0)
 
     # Queries by the state that they see: [B, parts, size, K, G, H].
     batch, queries, heads, head_dim = q.shape

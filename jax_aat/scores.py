@@ -183,7 +183,8 @@ def predict(
     """
     share = jnp.maximum(queries.weight.sum(-1, keepdims=True), 1e-6)
     part = (queries.weight / share)[..., None]
-    mean, square = ((x * part).sum(-2) for x in (queries.mean, queries.square))
+    # One sum of both: XLA's CPU backend (JAX 0.10.2) crashes under vmap on two that it fuses.
+    mean, square = (jnp.stack([queries.mean, queries.square]) * part).sum(-2)
     weight = share[..., 0]
     weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)  # [B, L, n, A]
 
