@@ -1,0 +1,327 @@
+"""Planning and `tiled_attention(adaptation=...)`: budget, quality, plans as data."""
+
+import dataclasses
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import assert_close, assert_same_bits, normal, relative_error
+from flax import serialization
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jax_aat
+from jax_aat import Adaptation, plan_tiles
+from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, pack_levels, unpack_levels
+from jax_aat.problem import Options, Slot
+from jax_aat.router import dense_flops, planning_flops
+
+TILE = 32
+tiled_attention = functools.partial(jax_aat.tiled_attention, implementation="xla")
+
+
+def clustered(rng, length, heads=4, kv_heads=2, head_dim=16, batch=1):
+    """Queries, keys and values of topics that last 16 positions."""
+    centres = 1.5 * rng.normal(size=(24, head_dim))
+    topic = np.repeat(rng.integers(0, 24, (batch, length // 16, kv_heads)), 16, axis=1)
+    noise = lambda n: 0.3 * rng.normal(size=(batch, length, n, head_dim))  # noqa: E731
+    asked = np.repeat(
+        np.repeat(rng.integers(0, 24, (batch, length // 16, kv_heads)), 16, 1), heads // kv_heads, 2
+    )
+    q, k = 2 * centres[asked] + noise(heads), centres[topic] + noise(kv_heads)
+    v = rng.normal(size=centres.shape)[topic] + noise(kv_heads)
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
+
+
+def spent(plan, q, k, adaptation, **options):
+    """FLOPs of a call over those of exact attention, by batch entry."""
+    operands, call = {Slot.Q: q, Slot.K: k, Slot.V: k}, Options(1.0, **options)
+    planned = planning_flops(operands, call, plan.grid, adaptation)
+    total = plan.row_flops(q.shape[-1]) + planned
+    return np.asarray(total / dense_flops(operands, call, plan.grid))
+
+
+@pytest.mark.parametrize(("budget", "causal"), [(0.2, False), (0.35, True)])
+def test_budget_is_kept(budget, causal, rng):
+    structured = clustered(rng, 1536, batch=2)
+    adaptation = Adaptation(budget=budget, query_tile=TILE)
+    choose = jax.jit(functools.partial(plan_tiles, adaptation=adaptation, is_causal=causal))
+    for kind in ("clustered", "random", "equal"):
+        q, k, v = structured
+        if kind == "random":
+            q, k, v = (normal(rng, *x.shape) for x in structured)
+        elif kind == "equal":
+            q, k, v = (jnp.ones_like(x) for x in structured)
+        plan = choose(q, k, v).validate()
+        share = spent(plan, q, k, adaptation, causal=causal)
+        assert (share <= budget).all(), (kind, share)
+        # What is equal may all change its level at one price.
+        assert kind == "equal" or (share >= 0.9 * budget).all(), (kind, share)
+
+
+@pytest.mark.parametrize("adaptation", [Adaptation(threshold=0.0), Adaptation(budget=1.0)])
+def test_exact_where_everything_is_to_be_exact(adaptation, rng):
+    q, k, v = (normal(rng, 2, 200, n, 16) for n in (4, 2, 2))
+    options = {"is_causal": True, "local_window_size": 100}
+    out, lse = tiled_attention(q, k, v, adaptation=adaptation, return_residual=True, **options)
+    expected = tiled_attention(q, k, v, return_residual=True, **options)
+    assert_close((out, lse), expected, 1e-6)
+
+
+def test_error_is_far_below_that_of_a_window(rng):
+    q, k, v = clustered(rng, 2048)
+    exact = tiled_attention(q, k, v, is_causal=True)
+    adaptation = Adaptation(budget=0.25)
+    error = relative_error(tiled_attention(q, k, v, is_causal=True, adaptation=adaptation), exact)
+    position = np.arange(2048)
+    window = position[:, None] - position < 2048 * 0.125
+    mask = jnp.asarray(window | (position < 16))[None, None]
+    windowed = relative_error(tiled_attention(q, k, v, mask=mask, is_causal=True), exact)
+    assert error < windowed / 5, (error, windowed)
+
+
+def test_heads_that_need_more_get_more(rng):
+    q, k, v = (normal(rng, 1, 1024, 4, 16) for _ in range(3))
+    q = q.at[:, :, 0].multiply(0.01)
+    plan = plan_tiles(q, k, v, Adaptation(budget=0.4, query_tile=TILE))
+    rows = plan.rows().sum(-1)[0]
+    assert rows[0] < 0.5 * rows[1:].min(), rows
+
+
+@pytest.mark.parametrize(("levels", "stages"), [((0,), 2), ((0, 1), 1), ((0, 1, 2), 2)])
+def test_only_levels_in_use(levels, stages, rng):
+    q, k, v = clustered(rng, 2048)
+    adaptation = Adaptation(threshold=1e-3, levels=levels, stages=stages)
+    plan = plan_tiles(q, k, v, adaptation, is_causal=True).validate()
+    level = np.asarray(unpack_levels(plan.levels, plan.grid.granules))
+    start = np.arange(plan.grid.granules) * 16
+    last = (np.arange(plan.grid.tiles)[:, None] + 1) * plan.grid.positions - 1
+    assert set(np.unique(level[:, :, start <= last])) == {
+        *levels,
+        *((HIDDEN,) if levels == (0,) else ()),
+    }
+    assert (level[:, :, start > last] == HIDDEN).all()
+
+
+def test_no_level_tells_of_hidden_keys(rng):
+    """What causality, lengths and segments hide has no influence on a row."""
+    q, k, v = clustered(rng, 2048)
+    adaptation = Adaptation(threshold=1e-2)
+    segments = jnp.asarray(np.arange(2048) >= 1100, jnp.int32)[None]
+
+    def rows(k, v, **options):
+        plan = plan_tiles(q, k, v, adaptation, **options)
+        return plan, tiled_attention(q, k, v, plan=plan, **options)
+
+    for options, hidden, seen in (
+        ({"is_causal": True}, slice(1500, None), slice(0, 1500)),
+        ({"key_value_seq_lengths": jnp.array([1500])}, slice(1500, None), slice(None)),
+        (
+            {"query_segment_ids": segments, "key_value_segment_ids": segments},
+            slice(1100, None),
+            slice(0, 1100),
+        ),
+    ):
+        plan, out = rows(k, v, **options)
+        assert (np.asarray(unpack_levels(plan.levels, plan.grid.granules)) == SUPER_MEAN).any()
+        other = k.at[:, hidden].multiply(-3.0), v.at[:, hidden].add(7.0)
+        changed = tiled_attention(q, *other, plan=plan, **options)
+        assert_same_bits(out[:, seen], changed[:, seen])
+
+
+def test_a_bias_that_varies_makes_granules_exact(rng):
+    q, k, v = clustered(rng, 512)
+    adaptation = Adaptation(threshold=1.0)
+    bias = jnp.zeros((1, 1, 1, 512)).at[..., 128:256].set(jnp.arange(128.0) / 99)
+    plan = plan_tiles(q, k, v, adaptation, bias)
+    level = np.asarray(unpack_levels(plan.levels, plan.grid.granules))
+    assert (level[..., 8:16] == EXACT).all()
+    assert (np.delete(level, range(8, 16), -1) == MEAN).any()
+    # Where one varies, no super-tile mean stands for all.
+    assert (level != SUPER_MEAN).all()
+
+
+def test_a_plan_follows_the_lengths_of_a_call(rng):
+    q, k, v = clustered(rng, 1024, batch=2)
+    adaptation = Adaptation(threshold=1e-2, query_tile=TILE)
+    short, long = jnp.array([200, 500]), jnp.array([900, 1010])
+    plan = plan_tiles(q, k, v, adaptation, key_value_seq_lengths=short)
+    result = tiled_attention(q, k, v, plan=plan, key_value_seq_lengths=long)
+    exact = tiled_attention(q, k, v, key_value_seq_lengths=long)
+    # What was beyond the length when the plan was made is exact.
+    assert relative_error(result, exact) < 0.1
+
+
+def test_derivatives_of_a_frozen_plan(rng):
+    """The gradient is that of coarse rows, state and exact rows, as finite differences find it."""
+    with jax.enable_x64(True):
+        q, k, v = (x.astype(jnp.float64) for x in clustered(rng, 2112, 2, 1, 8))
+        plan = plan_tiles(q, k, v, Adaptation(threshold=0.05), is_causal=True)
+        level = np.asarray(unpack_levels(plan.levels, plan.grid.granules))
+        assert set(np.unique(level)) == {0, 1, 2, 3}
+        weight = normal(rng, *q.shape, dtype="float64")
+
+        @jax.jit
+        def loss(q, k, v):
+            return (weight * tiled_attention(q, k, v, plan=plan, is_causal=True)).sum()
+
+        direction = tuple(normal(rng, *x.shape, dtype="float64") for x in (q, k, v))
+        moved = lambda h: loss(*(x + h * d for x, d in zip((q, k, v), direction, strict=True)))  # noqa: E731
+        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        gradient = jax.grad(loss, (0, 1, 2))(q, k, v)
+        along = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
+        np.testing.assert_allclose(along, expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jvp(loss, (q, k, v), direction)[1], expected, rtol=1e-6)
+
+
+def test_transformations(rng):
+    q, k, v = clustered(rng, 256, batch=3)
+    adaptation = Adaptation(budget=0.6, query_tile=16)
+
+    def attend(q, k, v):
+        return tiled_attention(q, k, v, adaptation=adaptation, is_causal=True)
+
+    gradients = jax.grad(lambda *xs: jnp.square(attend(*xs)).sum(), (0, 1, 2))
+    expected = jax.jit(attend)(q, k, v), jax.jit(gradients)(q, k, v)
+    # One lambda a batch entry: mapping equals batching equals a loop.
+    alone = jax.jit(jax.vmap(attend))(q, k, v), jax.jit(jax.vmap(gradients))(q, k, v)
+    assert_close(alone, expected, 1e-5)
+    one = jax.jit(attend)
+    looped = [one(*(x[i : i + 1] for x in (q, k, v))) for i in range(3)]
+    assert_close(jnp.concatenate(looped), expected[0], 1e-5)
+    remat = jax.grad(lambda *xs: jnp.square(jax.checkpoint(attend)(*xs)).sum(), (0, 1, 2))
+    assert_close(jax.jit(remat)(q, k, v), expected[1], 1e-5)
+    assert_same_bits(jax.jit(attend)(q, k, v), expected[0])
+
+
+def test_shards_plan_for_themselves(rng):
+    q, k, v = clustered(rng, 256, batch=2)
+
+    def attend(q, k, v):
+        adaptation = Adaptation(budget=0.6, query_tile=16)
+        return tiled_attention(q, k, v, adaptation=adaptation, is_causal=True)
+
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("b")
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_close(jax.jit(mapped)(q, k, v), jax.jit(attend)(q, k, v), 1e-6)
+
+
+def test_plans_are_carried_and_stacked(rng):
+    q, k, v = clustered(rng, 256)
+    adaptation = Adaptation(budget=0.5, query_tile=16)
+    plans = [plan_tiles(x, k, v, adaptation, is_causal=True) for x in (q, -q)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *plans)
+
+    def layer(x, plan):
+        return tiled_attention(x, k, v, plan=plan, is_causal=True), None
+
+    scanned = jax.jit(lambda q, plans: jax.lax.scan(layer, q, plans)[0])(q, stacked)
+    expected = layer(layer(q, plans[0])[0], plans[1])[0]
+    assert_close(scanned, expected, 1e-5)
+    mapped = jax.vmap(lambda plan: layer(q, plan)[0])(stacked)
+    assert_close(mapped, jnp.stack([layer(q, plan)[0] for plan in plans]), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    q, k, v = clustered(np.random.default_rng(3), 256)
+    return plan_tiles(q, k, v, Adaptation(budget=0.5, query_tile=16), is_causal=True)
+
+
+def test_plans_are_stored(stored):
+    assert "exact" in str(stored)
+    leaves, structure = jax.tree.flatten(stored)
+    blob = serialization.to_bytes(dict(enumerate(leaves)))
+    read = serialization.from_bytes(dict(enumerate(leaves)), blob)
+    restored = jax.tree.unflatten(structure, [jnp.asarray(read[i]) for i in range(len(leaves))])
+    assert_same_bits(restored.validate(), stored)
+    assert_same_bits(pickle.loads(pickle.dumps(stored)).validate(), stored)
+
+
+NAMES = ("levels", "list_headers", "list_entries", "key_list_headers", "key_list_entries")
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_corrupted_plan_is_an_error(stored, data):
+    name = data.draw(st.sampled_from(NAMES))
+    x = np.array(getattr(stored, name))
+    at = data.draw(st.integers(0, x.size - 1))
+    value = data.draw(st.integers(0, 2**32 - 1))
+    if x.flat[at] == value:
+        return
+    x.flat[at] = value
+    broken = dataclasses.replace(stored, **{name: jnp.asarray(x)})
+    with pytest.raises(ValueError, match=r"plan\..*corrupted"):
+        broken.validate()
+    # Attention with it is wrong, but reads nothing that is not there.
+    q = jnp.ones((1, 256, 4, 16))
+    assert (
+        tiled_attention(q, q[:, :, :2], q[:, :, :2], plan=broken, is_causal=True).shape == q.shape
+    )
+
+
+def test_a_plan_of_another_size_is_an_error(stored):
+    q = jnp.ones((1, 256, 4, 16))
+    wrong = dataclasses.replace(stored, list_entries=stored.list_entries[..., :-1])
+    with pytest.raises(ValueError, match=r"plan\.list_entries: got"):
+        wrong.validate()
+    for arrays, options in (
+        ((q[:, :255], q[:, :, :2], q[:, :, :2]), {"is_causal": True}),
+        ((q, q[:, :, :2], q[:, :, :2]), {}),
+        ((q, q, q), {"is_causal": True}),
+        ((jnp.repeat(q, 2, 0), *(jnp.ones((2, 256, 2, 16)),) * 2), {"is_causal": True}),
+    ):
+        with pytest.raises(ValueError, match="plan: was made for"):
+            tiled_attention(*arrays, plan=stored, **options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 90), st.integers(0, 2**32 - 1))
+def test_levels_are_packed(granules, seed):
+    levels = np.random.default_rng(seed).integers(0, 4, (2, 3, granules))
+    words = pack_levels(jnp.asarray(levels))
+    np.testing.assert_array_equal(unpack_levels(words, granules), levels)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of budget, tolerance and threshold"),
+        ({"budget": 0.1, "threshold": 0.1}, ValueError, "got budget and threshold"),
+        ({"budget": 0}, ValueError, "budget: got 0"),
+        ({"budget": 1.5}, ValueError, "at most 1"),
+        ({"budget": "much"}, TypeError, "expected a Python number"),
+        ({"tolerance": -1}, ValueError, "at least 0"),
+        ({"budget": 0.1, "levels": (0, 2)}, ValueError, "levels: got"),
+        ({"budget": 0.1, "query_tile": 100}, ValueError, "query_tile: got 100"),
+        ({"budget": 0.1, "stages": 3}, ValueError, "stages: got 3"),
+        ({"budget": 0.1, "audit_rate": 2}, ValueError, "audit_rate"),
+        ({"budget": 0.1, "replan_every": 0}, ValueError, "replan_every"),
+    ],
+)
+def test_adaptation_is_checked(fields, error, message):
+    with pytest.raises(error, match=message):
+        Adaptation(**fields)
+
+
+def test_arguments_are_checked(stored):
+    q = jnp.ones((1, 256, 4, 16))
+    with pytest.raises(TypeError, match=r"adaptation: got 0\.5"):
+        tiled_attention(q, q, q, adaptation=0.5)
+    with pytest.raises(TypeError, match="plan: got"):
+        tiled_attention(q, q, q, plan=3)
+    with pytest.raises(ValueError, match="tolerance needs a state"):
+        tiled_attention(q, q, q, adaptation=Adaptation(tolerance=0.1))
+    with pytest.raises(ValueError, match="plan: was made for"):
+        tiled_attention(q, q, q, adaptation=Adaptation(budget=0.1), plan=stored)
+    assert hash(Adaptation(budget=0.1)) == hash(Adaptation(budget=0.1))
+    assert jax_aat.TilePlan is type(stored)
