@@ -170,11 +170,17 @@ class TiledCall(abc.ABC):
         return total
 
     def mass(self, j: Any) -> jax.Array:
-        """Logarithm of the number of keys that each row of a coarse block stands for."""
+        """Logarithm of the number of keys that each row of a coarse block stands for.
+
+        Without a plan no block is coarse, and this is never asked.
+        """
         raise NotImplementedError
 
     def by_level(self, x: jax.Array, j: Any) -> jax.Array:
-        """Sums [..., rows of a coarse block] over those at level 1 and at level 2: [..., 2]."""
+        """Sums [..., rows of a coarse block] over those at level 1 and at level 2: [..., 2].
+
+        Without a plan no block is coarse, and this is never asked.
+        """
         raise NotImplementedError
 
     def visible(self, i: Any, j: Any) -> jax.Array | None:
