@@ -41,7 +41,7 @@ def run(contender: Contender, operands: Operands, fraction: float) -> tuple[jax.
 
     @jax.jit
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return attend(q, k, v, contender.select(q, k, v, parameters))
+        return contender.attend(q, k, v, parameters)
 
     out, spent = attention(*operands)
     return out, float(spent)

@@ -1,8 +1,9 @@
 """The attentions that are compared: what each lets a query see for a fraction of the operations.
 
 Every contender is a pair of functions: `parameters`, which turns a fraction of the operations of
-exact causal attention into numbers (outside of what is compiled), and `select`, which turns query
-[T, N, H], key and value [T, K, H] and those numbers into a `Selection`.
+exact causal attention into numbers (outside of what is compiled), and `attend`, which turns query
+[T, N, H], key and value [T, K, H] and those numbers into the output and the fraction spent. Most of
+them choose a `Selection`, which one dense engine computes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import dense_engine
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,14 +40,27 @@ class Contender:
     Attributes:
       name: In tables.
       parameters: Of sizes and a fraction: what `select` takes.
-      select: Of query, key, value and parameters.
+      attend: Of query, key, value and parameters: the output [T, N, H] and the operations it
+        took, planning included, as a fraction of those of exact attention.
       static: Parameters are hashable and part of what is compiled.
     """
 
     name: str
     parameters: Callable[[Sizes, float], Any]
-    select: Callable[[Array, Array, Array, Any], Selection]
+    attend: Callable[[Array, Array, Array, Any], tuple[Array, Array]]
     static: bool = False
+
+
+Select = Callable[[Array, Array, Array, Any], Selection]
+
+
+def selecting(select: Select) -> Callable[[Array, Array, Array, Any], tuple[Array, Array]]:
+    """Attention by the dense engine to what `select` chooses of query, key, value, parameters."""
+
+    def attend(query: Array, key: Array, value: Array, parameters: Any) -> tuple[Array, Array]:
+        return dense_engine.attend(query, key, value, select(query, key, value, parameters))
+
+    return attend
 
 
 def kept_blocks(sizes: Sizes, rows: float, query_block: int, key_block: int) -> np.ndarray:
@@ -262,11 +277,19 @@ def _pyramid(query: Array, key: Array, value: Array, reach: Array) -> Selection:
     return Selection(means, keep, coarse=tuple(coarse))
 
 
-EXACT = Contender("exact", lambda sizes, fraction: (), _exact)
+EXACT = Contender("exact", lambda sizes, fraction: (), selecting(_exact))
 BASELINES = [
-    Contender("window + sinks", _window_parameters, _window),
-    Contender("block top-k", partial(_kept, query_block=BLOCK, key_block=BLOCK), _block_top_k),
-    Contender("Quest", partial(_kept, query_block=BLOCK, key_block=PAGE, products=2), _quest),
-    Contender("MRA", _mra_parameters, _mra),
-    Contender("fixed pyramid", _pyramid_parameters, _pyramid),
+    Contender("window + sinks", _window_parameters, selecting(_window)),
+    Contender(
+        "block top-k",
+        partial(_kept, query_block=BLOCK, key_block=BLOCK),
+        selecting(_block_top_k),
+    ),
+    Contender(
+        "Quest",
+        partial(_kept, query_block=BLOCK, key_block=PAGE, products=2),
+        selecting(_quest),
+    ),
+    Contender("MRA", _mra_parameters, selecting(_mra)),
+    Contender("fixed pyramid", _pyramid_parameters, selecting(_pyramid)),
 ]

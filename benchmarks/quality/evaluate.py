@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
-from dense_engine import attend
 from library import LIBRARY
 from model import Shape, default_dtype, losses
 from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
@@ -34,7 +33,7 @@ from storage import load_held_out, load_weights
 from tqdm import tqdm
 
 CONTENDERS = {x.name: x for x in [EXACT, OURS, LIBRARY, SHARED_LAMBDA, *VARIANTS, *BASELINES]}
-MAIN = ["ours", "block top-k", "MRA"]
+MAIN = [LIBRARY.name, "block top-k", "MRA"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     others = [name for name in CONTENDERS if name not in (*MAIN, "exact")]
     yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
     yield from block(MAIN, args.fractions[:2])
-    yield from block([LIBRARY.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
+    yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
     yield from block(MAIN, args.fractions[2:])
     for fraction in args.fractions:
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
@@ -162,8 +161,7 @@ def in_place(
     contender: Contender, query: jax.Array, key: jax.Array, value: jax.Array, parameters: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """A layer's attention by a contender; besides, the fraction that it spent."""
-    selection = contender.select(query, key, value, parameters)
-    out, spent = attend(query, key, value, selection)
+    out, spent = contender.attend(query, key, value, parameters)
     return out, {"spent_by_layer": spent}
 
 
@@ -175,7 +173,7 @@ def beside_exact(
     `error_by_head` is the mean of ||o - o_exact|| / ||o_exact|| over queries, [N]; `ifq_by_head`
     is 1 - sum ||o - o_exact||^2 / sum ||o_exact||^2.
     """
-    exact, _ = attend(query, key, value, EXACT.select(query, key, value, ()))
+    exact, _ = EXACT.attend(query, key, value, ())
     out, besides = in_place(contender, query, key, value, parameters)
     exact32 = exact.astype(jnp.float32)
     error = ((out.astype(jnp.float32) - exact32) ** 2).sum(-1)

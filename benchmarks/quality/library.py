@@ -1,4 +1,4 @@
-"""Adaptive attention of `jax_aat`: its plans under the dense engine, and its own attention."""
+"""Adaptive attention as `jax_aat` itself computes it: by Vulkan where a GPU serves it, else XLA."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from contenders import Contender, Sizes
-from dense_engine import Selection
-from ours import of_levels
-from router_emulation import GRANULE, Routing, planning_operations
+from router_emulation import GRANULE
 
 import jax_aat
 
@@ -20,27 +18,27 @@ def levels_of(plan: Any, granules: int) -> jax.Array:
     return (fields & 3).reshape(*plan.levels.shape[1:3], -1)[..., :granules].astype(jnp.int32)
 
 
-def _select(query: jax.Array, key: jax.Array, value: jax.Array, fraction: float) -> Selection:
-    """The levels that the library chooses; rows, state and their operations are those of `ours`."""
-    adaptation = jax_aat.Adaptation(budget=fraction)
-    operands = (x[None] for x in (query, key, value))
-    plan = jax_aat.plan_tiles(*operands, adaptation, is_causal=True)
-    planning = planning_operations(query.shape, key.shape[1], fraction, Routing())
-    levels = levels_of(plan, query.shape[0] // GRANULE)
-    return of_levels(query, key, value, levels, planning)
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, fraction: float
+) -> tuple[jax.Array, jax.Array]:
+    """The library's own attention of [T, N, H], and the fraction that it reports."""
+    adaptation = jax_aat.Adaptation(budget=fraction, audit_rate=0.0)
+    out, report = jax_aat.tiled_attention(
+        query, key, value, is_causal=True, adaptation=adaptation, return_report=True
+    )
+    return out, report.relative_flops.mean()
 
 
 def _fraction(sizes: Sizes, fraction: float) -> float:
     return fraction
 
 
-LIBRARY = Contender("jax_aat", _fraction, _select, static=True)
-"""Its query tiles must be 32 positions: four query heads a key/value head."""
+LIBRARY = Contender("jax_aat", _fraction, _attend, static=True)
 
 
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, fraction: float
 ) -> tuple[jax.Array, None]:
-    """The library's own attention of [B, T, N, H], by Vulkan where a GPU serves it, else by XLA."""
+    """The library's own attention of [B, T, N, H]."""
     adaptation = jax_aat.Adaptation(budget=fraction)
     return jax_aat.tiled_attention(query, key, value, is_causal=True, adaptation=adaptation), None

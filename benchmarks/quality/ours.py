@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contenders import Contender, Sizes
+from contenders import Contender, Sizes, selecting
 from dense_engine import Coarse, Selection, dense_operations
 from model import Shape, default_dtype, exact_attention, losses
 from router_emulation import (
@@ -161,14 +161,14 @@ def _fraction(sizes: Sizes, fraction: float) -> np.float32:
 
 def contender(name: str, routing: Routing) -> Contender:
     """Adaptive attention with a budget for every layer."""
-    return Contender(name, _fraction, partial(by_budget, routing=routing))
+    return Contender(name, _fraction, selecting(partial(by_budget, routing=routing)))
 
 
 OURS = contender("ours", Routing())
 SHARED_LAMBDA = Contender(
     "ours, shared lambda",
     lambda sizes, fraction: (np.float32(fraction), np.float32(0)),
-    by_threshold,
+    selecting(by_threshold),
 )
 VARIANTS = [
     contender("ours, levels 0 and 1", Routing(highest=MEAN)),

@@ -214,6 +214,6 @@ def planning_operations(
     supers = pairs * GRANULE / super_tile(length) * (TILE // SUB_QUERY) * group
     refined = pairs * routing.refine * fraction
     fine = refined * (TILE // FINE) * group * (GRANULE // FINE) * 2
-    means = 8 * length * (heads + 2 * kv_heads) * head_dim
-    state = 2 * length * head_dim * (kv_heads * head_dim + heads * (head_dim + 2))
+    means = 8.0 * length * (heads + 2 * kv_heads) * head_dim
+    state = 2.0 * length * head_dim * (kv_heads * head_dim + heads * (head_dim + 2))
     return 2 * head_dim * (coarse + supers + fine) + means + state

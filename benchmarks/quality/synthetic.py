@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
-from dense_engine import attend
 from model import default_dtype
 from ours import OURS
 from tqdm import tqdm
@@ -108,7 +107,7 @@ def compiled(contender: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]
     @jax.jit
     def attention(q: Any, k: Any, v: Any, parameters: Any) -> tuple[jax.Array, jax.Array]:
         q, k, v = (x.astype(default_dtype()) for x in (q, k, v))
-        out, spent = attend(q, k, v, contender.select(q, k, v, parameters))
+        out, spent = contender.attend(q, k, v, parameters)
         return out.astype(jnp.float32), spent
 
     return attention

@@ -25,7 +25,6 @@ import library
 import numpy as np
 from contenders import Contender, Sizes
 from corpus import Corpus, load_corpus, spread_windows
-from dense_engine import attend
 from evaluate import CONTENDERS
 from matplotlib.figure import Figure
 from model import Attention, default_dtype, exact_attention, losses
@@ -78,7 +77,7 @@ def differentiable(contender: Contender, sizes: Sizes, fraction: float) -> Atten
 
     @partial(jax.checkpoint, prevent_cse=False)
     def one(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return attend(*operands, contender.select(*operands, parameters))[0]
+        return contender.attend(*operands, parameters)[0]
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
         return jax.lax.map(one, (query, key, value)), None
