@@ -12,6 +12,14 @@ What differs from the functions of Flax:
   ``force_fp32_for_softmax`` are accepted and change nothing.
 - A query row that may attend to nothing gives zeros; Flax gives the mean of all values.
 - The matrix of attention weights never exists, so it can be neither dropped out nor sown.
+- One query beside many keys and a mask is a step of decoding with a cache, whose mask says what was
+  decoded before: ``is_causal`` would show it the first key only, and is ignored.
+
+With ``adaptation`` attention is adaptive:
+``partial(linen_attention, is_causal=True, adaptation=Adaptation(budget=0.25))``. Say causality by
+``is_causal`` rather than by a mask: a mask has to be looked at key by key, and the state's
+correction of `docs/adaptation.md` is left out beside one. Calls of fewer than 16 queries, so the
+steps of decoding, are exact: to choose their levels would cost more than it saves.
 
 Flax itself is not imported here.
 """
@@ -25,9 +33,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_aat.adaptation import Adaptation
 from jax_aat.attention import Implementation, tiled_attention
+from jax_aat.levels import GRANULE
 
 __all__ = ["linen_attention", "nnx_attention"]
+
+_FEWEST_QUERIES = GRANULE
+"""Queries of a call that is worth planning: what the router judges by at first is their mean.
+
+Planning reads every key, which for one query is what exact attention does.
+"""
 
 
 def linen_attention(
@@ -50,6 +66,7 @@ def linen_attention(
     *,
     is_causal: bool = False,
     implementation: Implementation | None = None,
+    adaptation: Adaptation | None = None,
 ) -> jax.Array:
     """Attention for ``flax.linen``, in place of ``flax.linen.dot_product_attention``.
 
@@ -70,14 +87,16 @@ def linen_attention(
       einsum_dot_general: must be None: the products are not einsums.
       qk_attn_weights_einsum: must be None, likewise.
       attn_weights_value_einsum: must be None, likewise.
-      is_causal: whether position t attends to positions up to t only.
+      is_causal: whether position t attends to positions up to t only; ignored in decoding steps.
       implementation: as in `jax_aat.tiled_attention`.
+      adaptation: how much is computed exactly, by a budget or a threshold; None: everything.
 
     Returns:
       [*batch, T, N, H], of the dtype of the converted operands.
 
     Raises:
-      ValueError: for dropout or sowing of weights, another einsum, or shapes that do not fit.
+      ValueError: for dropout or sowing of weights, another einsum, a tolerance, or shapes that do
+        not fit.
     """
     del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
     if any((einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)):
@@ -87,7 +106,7 @@ def linen_attention(
             "flax.linen.dot_product_attention for this layer"
         )
     _refuse_weights(dropout_rate, deterministic, module)
-    return _attend(query, key, value, bias, mask, dtype, is_causal, implementation)
+    return _attend(query, key, value, bias, mask, dtype, is_causal, implementation, adaptation)
 
 
 def nnx_attention(
@@ -107,6 +126,7 @@ def nnx_attention(
     is_causal: bool = False,
     *,
     implementation: Implementation | None = None,
+    adaptation: Adaptation | None = None,
 ) -> jax.Array:
     """Attention for ``flax.nnx``, in place of ``flax.nnx.dot_product_attention``.
 
@@ -125,21 +145,22 @@ def nnx_attention(
       module: must be None: there are no weights to sow.
       promote_dtype: function from ((query, key, value), dtype=dtype) to the three arrays converted;
         None: ordinary promotion, as described for ``dtype``.
-      is_causal: whether position t attends to positions up to t only.
+      is_causal: whether position t attends to positions up to t only; ignored in decoding steps.
       implementation: as in `jax_aat.tiled_attention`.
+      adaptation: how much is computed exactly, by a budget or a threshold; None: everything.
 
     Returns:
       [*batch, T, N, H], of the dtype of the converted operands.
 
     Raises:
-      ValueError: for dropout of weights, sowing of weights, or shapes that do not fit.
+      ValueError: for dropout or sowing of weights, a tolerance, or shapes that do not fit.
     """
     del broadcast_dropout, dropout_rng, precision
     _refuse_weights(dropout_rate, deterministic, module)
     if promote_dtype is not None:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         dtype = None
-    return _attend(query, key, value, bias, mask, dtype, is_causal, implementation)
+    return _attend(query, key, value, bias, mask, dtype, is_causal, implementation, adaptation)
 
 
 def _refuse_weights(dropout_rate: float, deterministic: bool, module: Any) -> None:
@@ -166,8 +187,15 @@ def _attend(
     dtype: DTypeLike | None,
     is_causal: bool,
     implementation: Implementation | None,
+    adaptation: Adaptation | None,
 ) -> jax.Array:
     """Promotes the operands, folds their batch axes into one and attends."""
+    if isinstance(adaptation, Adaptation) and adaptation.tolerance is not None:
+        raise ValueError(
+            f"adaptation: tolerance={adaptation.tolerance} needs a state that is carried from call "
+            "to call, for which an attention_fn has no place: give a budget or a threshold, or "
+            "call tiled_attention from a layer of your own that holds a ResolutionState"
+        )
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
         if not jnp.issubdtype(dtype, jnp.inexact):
@@ -180,6 +208,8 @@ def _attend(
                 f"{name} must have shape [*batch, length, heads, head_dim] with the batch axes of "
                 f"query, got {array.shape} beside query {q.shape}"
             )
+    queries, keys = q.shape[-3], k.shape[-3]
+    decodes = queries == 1 < keys and mask is not None
     fold = (math.prod(batch),)
     folded = tiled_attention(
         q.reshape(fold + q.shape[-3:]),
@@ -187,8 +217,9 @@ def _attend(
         v.reshape(fold + v.shape[-3:]),
         bias=None if bias is None else _fold_scores("bias", jnp.asarray(bias), batch),
         mask=None if mask is None else _fold_scores("mask", jnp.asarray(mask, bool), batch),
-        is_causal=is_causal,
+        is_causal=is_causal and not decodes,
         implementation=implementation,
+        adaptation=None if queries < _FEWEST_QUERIES else adaptation,
     )
     return folded.reshape(q.shape)
 

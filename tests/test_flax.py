@@ -13,6 +13,7 @@ from comparison import Ran, assert_close, relative_error
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
+from jax_aat import Adaptation, tiled_attention
 from jax_aat.flax import linen_attention, nnx_attention
 
 BATCH, LENGTH, FEATURES, HEADS = 2, 19, 24, 4
@@ -226,3 +227,143 @@ def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
         linen_attention(query[0, 0], key, key)
     with pytest.raises(ValueError, match="mask must broadcast to"):
         nnx_attention(query, query, query, mask=jnp.ones((1, BATCH, 1, LENGTH, LENGTH)))
+
+
+LONG = 150
+ADAPTATION = Adaptation(budget=0.5, query_tile=32)
+
+
+def adaptive_attention(implementation: str, adaptation: Adaptation | None) -> Any:
+    """What the attention functions should compute, as an attention function itself."""
+
+    def attend(query: Any, key: Any, value: Any, *, mask: Any = None, **_: Any) -> jax.Array:
+        return tiled_attention(
+            query,
+            key,
+            value,
+            mask=None if mask is None else mask.astype(bool),
+            is_causal=True,
+            adaptation=adaptation,
+            implementation=implementation,
+        )
+
+    return attend
+
+
+def test_adaptive_linen_layer_and_its_gradients(implementation: str) -> None:
+    x, target = inputs(BATCH, LONG, FEATURES), inputs(BATCH, LONG, FEATURES, seed=1)
+    variables = linen_layer(nn.dot_product_attention).init(jax.random.key(2), x)
+    real = jnp.arange(LONG)[None, :] < jnp.array([LONG, LONG - 40])[:, None]
+    mask = nn.make_attention_mask(jnp.ones((BATCH, LONG)), real)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attention_fn: Any, variables: Any, x: jax.Array) -> Any:
+        def loss(variables: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = linen_layer(attention_fn).apply(variables, x, mask=mask)
+            return jnp.sum(out * target), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables, x)
+
+    ours = functools.partial(
+        linen_attention, is_causal=True, implementation=implementation, adaptation=ADAPTATION
+    )
+    with Ran(implementation, "forward", "backward"):
+        gradients, out = jax.block_until_ready(run(ours, variables, x))
+    expected = adaptive_attention(implementation, ADAPTATION)
+    expected_gradients, expected_out = run(expected, variables, x)
+    assert_close(out, expected_out, 2e-5)
+    assert_close(ravel_pytree(gradients)[0], ravel_pytree(expected_gradients)[0], 1e-4)
+    exact = linen_layer(adaptive_attention("xla", None)).apply(variables, x, mask=mask)
+    assert relative_error(out, exact) > 1e-3
+
+
+def test_adaptive_nnx_layer_and_its_gradients(implementation: str) -> None:
+    x, target = inputs(BATCH, LONG, FEATURES), inputs(BATCH, LONG, FEATURES, seed=1)
+
+    @functools.partial(nnx.jit, static_argnums=0)
+    def run(attention_fn: Any, x: jax.Array) -> Any:
+        layer = nnx_layer(attention_fn, num_kv_heads=2)
+
+        def loss(layer: nnx.MultiHeadAttention, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = layer(x, is_causal=True)
+            return jnp.sum(out * target), out
+
+        return nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+    ours = functools.partial(nnx_attention, implementation=implementation, adaptation=ADAPTATION)
+    with Ran(implementation, "forward", "backward"):
+        gradients, out = jax.block_until_ready(run(ours, x))
+    expected_gradients, expected = run(adaptive_attention(implementation, ADAPTATION), x)
+    assert_close(out, expected, 2e-5)
+    assert_close(ravel_pytree(gradients)[0], ravel_pytree(expected_gradients)[0], 1e-4)
+    exact = nnx_layer(adaptive_attention("xla", None), num_kv_heads=2)(x)
+    assert relative_error(out, exact) > 1e-3
+
+
+def test_causal_mask_leaves_what_causality_leaves() -> None:
+    """A mask from Flax makes those granules exact that causality does."""
+    query, key, value = (inputs(BATCH, LONG, HEADS, 8, seed=seed) for seed in range(3))
+    everything = Adaptation(threshold=1e9, query_tile=32, levels=(0, 1))
+    attend = jax.jit(
+        functools.partial(linen_attention, adaptation=everything, implementation="xla"),
+        static_argnames="is_causal",
+    )
+    mask = nn.make_causal_mask(jnp.ones((BATCH, LONG)))
+    masked = attend(query, key, value, mask=mask)
+    assert_close(masked, attend(query, key, value, is_causal=True), 2e-5)
+    assert relative_error(masked, nn.dot_product_attention(query, key, value, mask=mask)) > 1e-3
+
+
+@pytest.mark.parametrize("adaptation", [None, ADAPTATION])
+def test_causal_attention_decodes_step_by_step(
+    implementation: str, adaptation: Adaptation | None
+) -> None:
+    """A step sees what its mask shows, exactly, though it is one query of a causal call."""
+    x = inputs(BATCH, 40, FEATURES)
+    options = {"implementation": implementation, "adaptation": adaptation}
+    ours = functools.partial(linen_attention, is_causal=True, **options)
+    layer = linen_layer(ours, decode=True)
+    variables = layer.init(jax.random.key(2), x)
+    expected = linen_layer(nn.dot_product_attention).apply(
+        {"params": variables["params"]}, x, mask=nn.make_causal_mask(jnp.ones((BATCH, 40)))
+    )
+    nnx_ours = nnx_layer(functools.partial(nnx_attention, **options))
+    nnx_expected = nnx_layer(nnx.dot_product_attention)(x, is_causal=True)
+    nnx_ours.init_cache(x.shape)
+
+    @jax.jit
+    def step(cache: Any, x: jax.Array) -> Any:
+        return layer.apply({"params": variables["params"], "cache": cache}, x, mutable=["cache"])
+
+    nnx_step = nnx.jit(lambda layer, x: layer(x, decode=True, is_causal=True))
+    cache, outputs, nnx_outputs = variables["cache"], [], []
+    with Ran(implementation, "forward"):
+        for position in range(40):
+            token = x[:, position : position + 1]
+            out, updated = step(cache, token)
+            cache = updated["cache"]
+            outputs.append(out)
+            nnx_outputs.append(nnx_step(nnx_ours, token).block_until_ready())
+    assert_close(jnp.concatenate(outputs, axis=1), expected, 2e-5)
+    assert_close(jnp.concatenate(nnx_outputs, axis=1), nnx_expected, 2e-5)
+
+
+def test_few_queries_are_exact() -> None:
+    key, value = (inputs(BATCH, 300, HEADS, 8, seed=seed) for seed in range(2))
+    coarse = Adaptation(threshold=1e9)
+    attend = jax.jit(functools.partial(nnx_attention, adaptation=coarse, implementation="xla"))
+    for queries, adaptive in ((15, False), (16, True)):
+        query = inputs(BATCH, queries, HEADS, 8, seed=2)
+        error = relative_error(
+            attend(query, key, value), nn.dot_product_attention(query, key, value)
+        )
+        assert (error > 1e-3) == adaptive
+
+
+@pytest.mark.parametrize("attention", [linen_attention, nnx_attention])
+def test_adaptations_that_cannot_be_served_are_refused(attention: Any) -> None:
+    query = inputs(BATCH, LENGTH, HEADS, 8)
+    with pytest.raises(ValueError, match=r"tolerance=0\.1 needs a state .* budget or a threshold"):
+        attention(query, query, query, adaptation=Adaptation(tolerance=0.1))
+    with pytest.raises(TypeError, match=r"adaptation: got 0\.5, expected .*Adaptation"):
+        attention(query, query, query, adaptation=0.5)
