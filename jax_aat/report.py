@@ -16,7 +16,7 @@ from jax_aat.boundary import boundary
 from jax_aat.levels import EXACT, SUPER_TILE, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
-from jax_aat.router import dense_flops, has_state, planning_flops
+from jax_aat.router import dense_flops, has_state, hidden_rows, planning_flops
 from jax_aat.state import resolution_change
 
 LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
@@ -25,7 +25,8 @@ LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("levels", "forced", "flops", "planning_flops", "dense_flops", "tiled_flops"),
+        *("levels", "forced", "flops", "hidden_flops", "planning_flops", "dense_flops"),
+        "tiled_flops",
         *("overhead", "change", "log_lambda", "audit", "bound"),
     ],
     meta_fields=[],
@@ -43,6 +44,8 @@ class Report:
       forced: Share of the granules that are exact because causality, window, lengths, segments,
         mask or bias allow nothing else.
       flops: FLOPs a query for the rows that are read.
+      hidden_flops: Those of them for pairs that do not see each other, in granules of which a part
+        is hidden.
       planning_flops: FLOPs a query for summaries, routing and state.
       dense_flops: FLOPs a query of exact attention over the pairs that see each other.
       tiled_flops: FLOPs a query if every granule that tiles see were exact.
@@ -58,6 +61,7 @@ class Report:
     levels: jax.Array
     forced: jax.Array
     flops: jax.Array
+    hidden_flops: jax.Array
     planning_flops: jax.Array
     dense_flops: jax.Array
     tiled_flops: jax.Array
@@ -69,8 +73,9 @@ class Report:
 
     @property
     def relative_flops(self) -> jax.Array:
-        """FLOPs spent, planning included, over those of exact attention."""
-        return (self.flops + self.planning_flops) / jnp.maximum(self.dense_flops, 1)
+        """FLOPs spent, planning included, over those of exact attention; hidden pairs in neither."""
+        visible = self.flops - self.hidden_flops
+        return (visible + self.planning_flops) / jnp.maximum(self.dense_flops, 1)
 
     @property
     def spent(self) -> jax.Array:
@@ -175,6 +180,7 @@ def make_report(
     coarse_rows = plan.list_headers[..., 3].astype(jnp.float32).sum((0, 2))
     a_head = operands[Slot.Q].shape[0] * grid.queries * grid.heads
     planned = planning_flops(operands, options, grid, plan.adaptation).sum() / a_head
+    hidden = a_row * hidden_rows(operands, options, grid).sum() / grid.lists
     change = jnp.zeros(grid.lists)
     if previous is not None:
         change = resolution_change(plan.levels, previous, grid.granules)
@@ -182,6 +188,7 @@ def make_report(
         "levels": at.sum((0, 2, 3)).astype(jnp.float32) / count[:, None],
         "forced": _total(seen & ~whole) / count,
         "flops": a_row * (exact_rows + coarse_rows),
+        "hidden_flops": jnp.broadcast_to(hidden, count.shape),
         "planning_flops": jnp.broadcast_to(planned, count.shape),
         "dense_flops": jnp.broadcast_to(
             dense_flops(operands, options, grid).sum() / a_head, count.shape

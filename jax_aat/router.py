@@ -209,12 +209,36 @@ def _spare_rows(
     planned = planning_flops(operands, options, grid, adaptation)
     a_row = 4 * operands[Slot.Q].shape[-1] * grid.query_tile
     spare = jnp.maximum(adaptation.budget * dense - planned, 0) / a_row
+    spare += hidden_rows(operands, options, grid)
     if SUPER_MEAN in adaptation.levels:
         # Every tile may read a row of each super-tile that it sees.
         seen = boundary(operands, options, grid).seen
         seen = jnp.broadcast_to(seen, (*spare.shape, grid.lists, *seen.shape[-2:]))
         spare -= grid.by_super_tile(seen).any(-1).sum((1, 2, 3)).astype(jnp.float32)
     return spare
+
+
+def hidden_rows(operands: Operands, options: Options, grid: Grid) -> jax.Array:
+    """Rows that tiles read, by batch entry, for pairs that do not see each other: [B] float32.
+
+    They lie in granules that are exact whatever is chosen, because a part of them is hidden. As the
+    FLOPs of exact attention are those of pairs that see each other, so are those of a budget.
+    """
+    bounds = boundary(operands, options, grid)
+    shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
+    position = jnp.arange(grid.tiles * grid.positions)
+    limit = operands.get(Slot.Q_LENGTHS, jnp.full(1, grid.queries))[:, None]
+    exists = position < jnp.minimum(limit, grid.queries)
+    exists = exists.reshape(-1, 1, grid.tiles, grid.positions).astype(jnp.float32).mean(-1)
+
+    def total(rows: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(rows.sum(-1).astype(jnp.float32), shape)
+
+    read = total(jnp.where(bounds.seen & ~bounds.whole, GRANULE, 0)).sum((1, 2))
+    whole = total(jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0)) * exists
+    pairs = dense_flops(operands, options, grid) / (4 * operands[Slot.Q].shape[-1])
+    visible = jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
+    return jnp.maximum(read - visible, 0)
 
 
 def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
@@ -253,7 +277,7 @@ def state_flops(operands: Operands, grid: Grid) -> float:
     """FLOPs of the state and of the correction by it, of one batch entry."""
     head_dim = operands[Slot.Q].shape[-1]
     queries, keys = grid.heads * grid.queries, grid.kv_heads * grid.keys
-    return 2.0 * head_dim * head_dim * (queries + keys) + 4 * head_dim * queries
+    return 2.0 * head_dim * head_dim * (queries + keys) + 4.0 * head_dim * queries
 
 
 def has_state(operands: Operands, options: Options, adaptation: Adaptation) -> bool:
@@ -286,7 +310,7 @@ def planning_flops(
     """
     head_dim = operands[Slot.Q].shape[-1]
     queries, keys = grid.heads * grid.queries, grid.kv_heads * grid.keys
-    summaries = 8 * head_dim * (queries + 2 * keys)
+    summaries = 8.0 * head_dim * (queries + 2 * keys)
     if is_exact(adaptation):
         return jnp.full(operands[Slot.Q].shape[:1], float(summaries))
     state = state_flops(operands, grid) if has_state(operands, options, adaptation) else 0

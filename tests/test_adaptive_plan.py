@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import jax_aat
 from jax_aat import Adaptation, plan_tiles
-from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, pack_levels, unpack_levels
+from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
 from jax_aat.problem import Options, Slot
-from jax_aat.router import dense_flops, planning_flops
+from jax_aat.router import dense_flops, hidden_rows, planning_flops
 
 TILE = 32
 tiled_attention = functools.partial(jax_aat.tiled_attention, implementation="xla")
@@ -40,8 +40,40 @@ def spent(plan, q, k, adaptation, **options):
     """FLOPs of a call over those of exact attention, by batch entry."""
     operands, call = {Slot.Q: q, Slot.K: k, Slot.V: k}, Options(1.0, **options)
     planned = planning_flops(operands, call, plan.grid, adaptation)
-    total = plan.row_flops(q.shape[-1]) + planned
+    hidden = 4 * q.shape[-1] * plan.grid.query_tile * hidden_rows(operands, call, plan.grid)
+    total = plan.row_flops(q.shape[-1]) - hidden + planned
     return np.asarray(total / dense_flops(operands, call, plan.grid))
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "lengths"])
+def test_hidden_rows_are_those_of_granules_cut_by_the_boundary(case, rng):
+    queries, keys, head_dim, tile = 150, 173, 8, 32
+    q, k = normal(rng, 2, queries, 4, head_dim), normal(rng, 2, keys, 2, head_dim)
+    operands, window = {Slot.Q: q, Slot.K: k, Slot.V: k}, (-1, -1)
+    row, column = np.arange(queries)[:, None], np.arange(keys)
+    sees = np.broadcast_to(column <= row, (2, queries, keys)).copy()
+    if case == "window":
+        window = (40, 9)
+        sees &= column >= row - 40
+    elif case == "lengths":
+        operands |= {Slot.Q_LENGTHS: jnp.array([150, 77]), Slot.KV_LENGTHS: jnp.array([100, 173])}
+        sees[0, :, 100:] = sees[1, 77:] = False
+    grid = Grid(queries, keys, 4, 2, tile)
+    positions, tiles = grid.positions, grid.tiles
+    sees = np.pad(sees, ((0, 0), (0, tiles * positions - queries), (0, 16 * grid.granules - keys)))
+    blocks = sees.reshape(2, tiles, positions, grid.granules, 16)
+    real = np.arange(tiles * positions) < np.array([[queries], [queries]])
+    if case == "lengths":
+        real &= np.arange(tiles * positions) < np.array([[150], [77]])
+    real = real.reshape(2, tiles, positions)[:, :, :, None, None]
+    exists = real & (np.arange(16 * grid.granules) < keys).reshape(grid.granules, 16)
+    cut = blocks.any((2, 4)) & (blocks != exists).any((2, 4))
+    pairs = cut.sum((1, 2)) * positions * 16 - np.where(cut[:, :, None, :, None], blocks, 0).sum(
+        (1, 2, 3, 4)
+    )
+    call = Options(1.0, causal=True, window=window)
+    hidden = hidden_rows(operands, call, grid)
+    np.testing.assert_allclose(hidden, pairs * grid.lists / positions, 1e-5)
 
 
 @pytest.mark.parametrize(("budget", "causal"), [(0.2, False), (0.35, True)])
