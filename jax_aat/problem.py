@@ -51,6 +51,10 @@ class Slot(enum.IntEnum):
     DLEVEL_BIAS = 28
     DSHARES = 29
     ROW_COUNTS = 30
+    PRICES = 31
+    SPARE_ROWS = 32
+    LAMBDA = 33
+    PREVIOUS_LEVELS = 34
 
     @property
     def core_ndim(self) -> int:
@@ -82,18 +86,26 @@ _ROW_LIKE = (Slot.LSE, Slot.DLSE)
 _COARSE_LIKE = (Slot.COARSE_K, Slot.COARSE_V, Slot.DCOARSE_K, Slot.DCOARSE_V)
 _SHARE_LIKE = (Slot.LEVEL_BIAS, Slot.SHARES, Slot.DLEVEL_BIAS, Slot.DSHARES, Slot.ROW_COUNTS)
 
-LISTS = (Slot.LEVELS, Slot.LIST_HEADERS, Slot.LIST_ENTRIES)
+LISTS = (
+    Slot.LEVELS,
+    Slot.LIST_HEADERS,
+    Slot.LIST_ENTRIES,
+    Slot.PRICES,
+    Slot.LAMBDA,
+    Slot.PREVIOUS_LEVELS,
+)
 """Operands with an axis along chunks of query heads."""
 KEY_LISTS = (Slot.KEY_LIST_HEADERS, Slot.KEY_LIST_ENTRIES)
 KV_LIKE = (*_KEY_LIKE, *_COARSE_LIKE, *KEY_LISTS)
 """Slots with an axis along key/value heads."""
 
 _CORE_NDIM = (
-    dict.fromkeys(_LENGTHS, 0)
-    | dict.fromkeys(_SEGMENTS, 1)
+    dict.fromkeys((*_LENGTHS, Slot.SPARE_ROWS), 0)
+    | dict.fromkeys((*_SEGMENTS, Slot.LAMBDA), 1)
     | dict.fromkeys((*_ROW_LIKE, Slot.LIST_ENTRIES, Slot.KEY_LIST_ENTRIES), 2)
     | dict.fromkeys((*_LOGIT_LIKE, *_QUERY_LIKE, *_KEY_LIKE, *_COARSE_LIKE, *_SHARE_LIKE), 3)
     | dict.fromkeys((Slot.LEVELS, Slot.LIST_HEADERS, Slot.KEY_LIST_HEADERS), 3)
+    | dict.fromkeys((Slot.PRICES, Slot.PREVIOUS_LEVELS), 3)
 )
 _QUERY_AXIS = {Slot.Q_SEGMENTS: -1} | dict.fromkeys((*_LOGIT_LIKE, *_ROW_LIKE), -2)
 _QUERY_AXIS |= dict.fromkeys((*_QUERY_LIKE, *_SHARE_LIKE), -3)
@@ -128,7 +140,11 @@ class Options:
       causal: Query t sees keys s <= t only.
       window: (left, right): query t sees keys t - left <= s <= t + right; -1: unbounded.
       soft_cap: c: logits become c tanh(logits / c) before the bias is added; 0: they do not.
-      query_tile: Rows of a query tile of the plan among the operands; 0: there is none.
+      query_tile: Rows of a query tile of the plan; 0: there is none.
+      level_count: Where a plan is made, the number of levels in use.
+      candidate_share: Likewise, the share of the granules that a tile sees that the router judges
+        twice.
+      floor_share: Likewise, the share of them that is exact for its importance.
     """
 
     scale: float
@@ -136,6 +152,9 @@ class Options:
     window: tuple[int, int] = (-1, -1)
     soft_cap: float = 0.0
     query_tile: int = 0
+    level_count: int = 0
+    candidate_share: float = 0.0
+    floor_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

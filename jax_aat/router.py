@@ -43,6 +43,8 @@ MARGIN = 1.2
 """A level changes only where it would at a price this much less or more as well."""
 _CHUNK = 2**22
 """Elements that the largest array of a chunk of tiles may have."""
+_PART = 1024
+"""Rows are counted by so many, and the rest of them."""
 _KEPT = 0x6F00
 """The upper half of 2^95, a price that no error reaches."""
 _INFINITE = 0x7F80
@@ -80,18 +82,61 @@ def route(
     if is_exact(adaptation):
         level = jnp.full((*shape, grid.tiles, grid.granules), EXACT)
         return pack_levels(whole.applied(level)), jnp.full(shape, -jnp.inf, jnp.float32)
-    leaves_exact, leaves_mean = _break_even(operands, options, grid, adaptation)
+    prices = break_even(operands, options, grid, adaptation)
+    goal = goal_of(operands, options, grid, adaptation, log_lambda, previous)
+    levels, price = levels_at(prices, operands | goal, options, grid, adaptation)
+    return levels, jnp.log(price)
+
+
+def goal_of(
+    operands: Operands,
+    options: Options,
+    grid: Grid,
+    adaptation: Adaptation,
+    log_lambda: jax.Array | None,
+    previous: jax.Array | None,
+) -> Operands:
+    """What decides, together with prices, on levels; arguments as those of `route`.
+
+    Returns:
+      With a budget SPARE_ROWS, else LAMBDA and, where there are some, PREVIOUS_LEVELS.
+    """
     if adaptation.budget is not None:
-        spare = _spare_rows(operands, options, grid, adaptation)
-        price = _price_of(spare, leaves_exact, leaves_mean)[:, None]
-    elif adaptation.threshold is not None:
-        price = _upper_half(jnp.full((1, 1), adaptation.threshold, jnp.float32))
+        return {Slot.SPARE_ROWS: _spare_rows(operands, options, grid, adaptation)}
+    if adaptation.threshold is not None:
+        price = jnp.float32(adaptation.threshold)
+    elif log_lambda is None:
+        raise ValueError("tolerance: got no state, expected one that holds lambda")
     else:
-        if log_lambda is None:
-            raise ValueError("tolerance: got no state, expected one that holds lambda")
-        price = _upper_half(jnp.exp(jnp.asarray(log_lambda, jnp.float32)))
-    price = jnp.broadcast_to(price, shape)
-    value = lax.bitcast_convert_type(price.astype(jnp.uint32) << 16, jnp.float32)
+        price = jnp.exp(jnp.asarray(log_lambda, jnp.float32))
+    shape = (operands[Slot.Q].shape[0], grid.lists)
+    goal = {Slot.LAMBDA: jnp.broadcast_to(price, shape)}
+    return goal if previous is None else goal | {Slot.PREVIOUS_LEVELS: previous}
+
+
+def levels_at(
+    prices: jax.Array, operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
+) -> tuple[jax.Array, jax.Array]:
+    """Levels by prices.
+
+    Args:
+      prices: As `break_even` gives them.
+      operands: Those of the call, with one batch axis [B], and what `goal_of` gives.
+      options: Those of the call.
+      grid: How the call is cut.
+      adaptation: Which levels are in use.
+
+    Returns:
+      Levels [B, L, I, W] uint32, and lambda as it was used, [B, L] float32.
+    """
+    leaves_exact, leaves_mean = prices >> 16, prices & 0xFFFF
+    if Slot.SPARE_ROWS in operands:
+        price = _price_of(operands[Slot.SPARE_ROWS], leaves_exact, leaves_mean)[:, None]
+        price = jnp.broadcast_to(price, prices.shape[:2])
+        value = lax.bitcast_convert_type(price << 16, jnp.float32)
+    else:
+        value = used(operands[Slot.LAMBDA])
+        price = _upper_half(value)
     coarse = MEAN if MEAN in adaptation.levels else HIDDEN
 
     def level_at(price: jax.Array) -> jax.Array:
@@ -102,27 +147,28 @@ def route(
         return level
 
     level = level_at(price)
-    if previous is not None and adaptation.budget is None:
-        finer, coarser = (level_at(_upper_half(x)) for x in (value / MARGIN, value * MARGIN))
-        level = settled(finer, level, coarser, unpack_levels(previous, grid.granules))
-    level = whole.applied(level, drops=coarse == HIDDEN)
-    return pack_levels(level), jnp.log(value)
+    if Slot.PREVIOUS_LEVELS in operands:
+        finer, coarser = (level_at(_upper_half(value * x)) for x in (1 / MARGIN, MARGIN))
+        previous = unpack_levels(operands[Slot.PREVIOUS_LEVELS], grid.granules)
+        level = settled(finer, level, coarser, previous)
+    whole = boundary(operands, options, grid)
+    return pack_levels(whole.applied(level, drops=coarse == HIDDEN)), value
 
 
-def _break_even(
+def break_even(
     operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
-) -> tuple[jax.Array, jax.Array]:
-    """Upper halves of the prices at which granules stop being exact, stop having their own row.
+) -> jax.Array:
+    """Prices at which granules stop being exact, and stop having their own row.
 
     Returns:
-      Two uint16 [B, L, I, granules]; 0 where nothing is seen.
+      The upper half of the first in the upper half, that of the second in the lower half of uint32
+      [B, L, I, granules]; 0 where nothing is seen.
     """
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
-    fraction = adaptation.budget or NOMINAL
-    candidates = _candidate_share(adaptation)
-    most = math.ceil(FLOOR * fraction * grid.granules)
+    candidates = candidate_share(adaptation)
+    most = math.ceil(floor_share(adaptation) * grid.granules)
 
-    def of_tiles(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
         errors = predict(
             queries.at(tiles), keys, bounds, operands, options, grid, tiles, candidates
@@ -138,7 +184,7 @@ def _break_even(
             mean = jnp.where(bounds.super_whole, apart, jnp.inf)
         # The most important granules are exact.
         seen = bounds.seen.sum(-1, keepdims=True)
-        count = jnp.ceil(FLOOR * fraction * seen).astype(jnp.int32)
+        count = jnp.ceil(floor_share(adaptation) * seen).astype(jnp.int32)
         best = lax.top_k(jnp.where(bounds.seen, errors.importance, -1.0), most)[0]
         count = jnp.broadcast_to(count, (*best.shape[:-1], 1))
         least_best = jnp.take_along_axis(best, jnp.clip(count - 1, 0, most - 1), axis=-1)
@@ -148,10 +194,8 @@ def _break_even(
         exact = jnp.where(kept, _KEPT + (exact >> 3), exact)
         exact = jnp.where(bounds.whole, exact, _INFINITE)
 
-        def by_tile(x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(jnp.where(bounds.seen, x, 0).astype(jnp.uint16), 2, 0)
-
-        return by_tile(exact), by_tile(_upper_half(mean))
+        prices = exact << 16 | _upper_half(mean)
+        return jnp.moveaxis(jnp.where(bounds.seen, prices, 0), 2, 0)
 
     shape = (operands[Slot.Q].shape[0], grid.lists, subqueries(grid)[0])
     # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
@@ -160,32 +204,48 @@ def _break_even(
     chunks = -(-grid.tiles // size)
     tiles = jnp.minimum(jnp.arange(chunks * size), grid.tiles - 1).reshape(chunks, size)
     found = lax.map(of_tiles, tiles)
-    joined = (x.reshape(-1, *x.shape[2:])[: grid.tiles] for x in found)
-    exact, mean = (jnp.moveaxis(x, 0, 2) for x in joined)
-    return exact, mean
+    joined = found.reshape(-1, *found.shape[2:])[: grid.tiles]
+    return jnp.moveaxis(joined, 0, 2)
 
 
-def _candidate_share(adaptation: Adaptation) -> float:
+def candidate_share(adaptation: Adaptation) -> float:
     """Share of the granules that a tile sees that stage 2 looks at."""
     if adaptation.stages == 1:
         return 0.0
     return min(1.0, max(CANDIDATES * (adaptation.budget or NOMINAL), _LEAST_CANDIDATES))
 
 
+def floor_share(adaptation: Adaptation) -> float:
+    """Share of the granules that a tile sees that is exact."""
+    return FLOOR * (adaptation.budget or NOMINAL)
+
+
+def used(price: jax.Array) -> jax.Array:
+    """A price as it is used, which is by its upper half; what is below 0 counts as 0."""
+    return lax.bitcast_convert_type(_upper_half(price) << 16, jnp.float32)
+
+
 def _price_of(spare: jax.Array, leaves_exact: jax.Array, leaves_mean: jax.Array) -> jax.Array:
     """The least price, as upper half, at which all tiles read at most `spare` rows: [B]."""
+    # Counted without rounding, in two parts that cannot overflow.
+    limit = jnp.maximum(jnp.floor(spare), -1)
+    limit_high = jnp.floor(limit / _PART)
+    limit_low = (limit - limit_high * _PART).astype(jnp.uint32)
+    limit_high = jnp.clip(limit_high, -1, 2**30).astype(jnp.int32)
 
-    def rows(price: jax.Array) -> jax.Array:
+    def fits(price: jax.Array) -> jax.Array:
         at = price[:, None, None, None]
         exact, listed = leaves_exact >= at, leaves_mean >= at
-        read = jnp.where(exact, GRANULE, jnp.where(listed, 1, 0)).sum(-1, dtype=jnp.int32)
-        return read.astype(jnp.float32).sum((1, 2))
+        read = jnp.where(exact, GRANULE, jnp.where(listed, 1, 0)).sum(-1, dtype=jnp.uint32)
+        high, low = (x.sum((1, 2), dtype=jnp.uint32) for x in (read // _PART, read % _PART))
+        high, low = (high + low // _PART).astype(jnp.int32), low % _PART
+        return (high < limit_high) | ((high == limit_high) & (low <= limit_low))
 
     def halved(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) // 2
-        fits = rows(middle) <= spare
-        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+        fit = fits(middle)
+        return jnp.where(fit, low, middle), jnp.where(fit, middle, high)
 
     shape = spare.shape
     known = (spare, leaves_exact, leaves_mean)
@@ -318,5 +378,5 @@ def planning_flops(
     # A tile and a granule that it sees stand for that many pairs.
     a_pair = GRANULE * grid.query_tile
     stages = coarse + coarse * GRANULE / 1024 / 2
-    stages += fine * (GRANULE // FINE) * _candidate_share(adaptation)
+    stages += fine * (GRANULE // FINE) * candidate_share(adaptation)
     return summaries + state + dense_flops(operands, options, grid) * (stages / a_pair)

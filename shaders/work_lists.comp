@@ -1,13 +1,12 @@
 #version 460
 // Makes the work lists of exact attention: for each tile every granule that some row of it may
 // see, in ascending order, those that all rows see first. A workgroup makes one list.
+#include "common/scan.glsl"
 #include "common/visibility.glsl"
 #include "common/work_list.glsl"
 
 const uint HEADERS = TRANSPOSED != 0 ? OPERAND_KEY_LIST_HEADERS : OPERAND_LIST_HEADERS;
 const uint ENTRIES = TRANSPOSED != 0 ? OPERAND_KEY_LIST_ENTRIES : OPERAND_LIST_ENTRIES;
-
-shared uint counts[THREADS];
 
 uint head_list;  // the head chunk, or the key/value head, of the list at work
 
@@ -50,21 +49,6 @@ uint classify_granule(Sizes sizes, uint tile, uint granule) {
   // A granule cut by the end of the sequence has rows to hide.
   bool cut = start + sizes.granule_rows > sizes.granule_end;
   return cut ? min(result, TILE_MIXED) : result;
-}
-
-// Inclusive prefix sum of `value` over the workgroup.
-uint scan(uint value) {
-  uint self = gl_LocalInvocationID.x;
-  barrier();
-  counts[self] = value;
-  barrier();
-  for (uint distance = 1; distance < THREADS; distance *= 2) {
-    uint before = self >= distance ? counts[self - distance] : 0;
-    barrier();
-    counts[self] += before;
-    barrier();
-  }
-  return counts[self];
 }
 
 void main() {

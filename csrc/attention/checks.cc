@@ -24,6 +24,16 @@ void CheckSlice(const AttentionProblem& problem, int slot, std::uint64_t rows, s
              name);
 }
 
+// Of a call that makes a plan.
+void CheckPlanning(const AttentionProblem& problem) {
+  const AttentionParams& params = problem.params;
+  CheckIndex(std::uint64_t{params.plan_tiles} * Granules(params), "prices");
+  Require(params.level_count >= 1 && params.level_count <= 3,
+          "a plan has 1 to 3 levels; got " + std::to_string(params.level_count));
+  Require(!(problem.features & (FEATURE_MASK | FEATURE_BIAS)),
+          "plans for a mask or a bias are not made by shaders: use implementation='xla'");
+}
+
 void CheckPlan(const AttentionProblem& problem) {
   const AttentionParams& params = problem.params;
   Require(!(problem.pass == Pass::kBackward && (problem.features & FEATURE_DBIAS)),
@@ -39,6 +49,7 @@ void CheckPlan(const AttentionProblem& problem) {
     CheckSlice(problem, slot, params.queries, params.query_heads / params.kv_heads, 2, "shares");
   }
   CheckIndex(std::uint64_t{params.plan_tiles} * LevelWords(params), "levels");
+  if (problem.pass == Pass::kPlan) CheckPlanning(problem);
   CheckIndex(params.list_capacity, "work lists");
   CheckIndex(params.key_list_capacity, "transposed work lists");
 }

@@ -31,7 +31,7 @@ void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32
   }
   params.plan_positions = query_tile / TileHeads(params);
   params.plan_tiles = DivideUp(params.queries, params.plan_positions);
-  params.coarse_rows = DivideUp(params.keys, kGranuleRows) + DivideUp(params.keys, kSuperTileRows);
+  params.coarse_rows = Granules(params) + DivideUp(params.keys, kSuperTileRows);
   if (params.coarse_rows > kMaxCoarseRows) {
     throw std::invalid_argument("a plan serves up to 16 million keys; got " +
                                 std::to_string(params.keys) + ": split the sequence");
@@ -40,8 +40,12 @@ void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32
   params.key_list_capacity = key_list_capacity;
 }
 
+std::uint32_t Granules(const AttentionParams& params) {
+  return DivideUp(params.keys, kGranuleRows);
+}
+
 std::uint32_t LevelWords(const AttentionParams& params) {
-  return DivideUp(DivideUp(params.keys, kGranuleRows), kLevelGranules);
+  return DivideUp(Granules(params), kLevelGranules);
 }
 
 std::uint32_t KeyListTiles(const AttentionParams& params) {

@@ -11,6 +11,9 @@ namespace jax_aat {
 void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t list_capacity,
                   std::uint32_t key_list_capacity);
 
+// Granules along the keys.
+std::uint32_t Granules(const AttentionParams& params);
+
 // Words of the levels map of one query tile.
 std::uint32_t LevelWords(const AttentionParams& params);
 

@@ -6,6 +6,8 @@
 #include "attention/checks.h"
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
+#include "attention/plan_builder.h"
+#include "attention/tile_planner.h"
 
 namespace jax_aat {
 namespace {
@@ -20,33 +22,9 @@ constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kListThreads = 64;
 constexpr std::uint64_t kListStep = 4;  // LIST_STEP of shaders/common/work_list.glsl
 constexpr std::uint32_t kDeltaThreads = 64;
-constexpr std::uint64_t kScratchAlignment = 256;
 
-// Indices of specialisation constants, as in shaders/common/specialization.glsl.
-enum Constant {
-  kThreads,
-  kSubgroupSize,
-  kFeatures,
-  kHeadDim,
-  kTileRows,
-  kTileHeads,
-  kBlockRows,
-  kBiasDtype,
-  kThreadRows,
-  kSliceColumns,
-  kVectorAccess,
-  kTransposed,
-};
-
-// Features that decide what is visible: all that work_lists.comp needs to know.
-constexpr std::uint32_t kVisibilityFeatures = FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS |
-                                              FEATURE_KV_LENGTHS | FEATURE_SEGMENTS | FEATURE_MASK;
 constexpr std::uint32_t kScoreFeatures =
     kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
-
-constexpr std::uint64_t DivideUp(std::uint64_t value, std::uint64_t divisor) {
-  return (value + divisor - 1) / divisor;
-}
 
 // Number of pairs (t, s) with s <= t + offset.
 double PairsUpTo(double offset, double queries, double keys) {
@@ -72,14 +50,10 @@ double CountPairs(const AttentionProblem& problem) {
   return pairs * params.batch_count * params.query_heads;
 }
 
-const char* DtypeName(std::uint32_t dtype) {
-  return dtype == DTYPE_F32 ? "f32" : dtype == DTYPE_F16 ? "f16" : "bf16";
-}
-
 class Planner {
  public:
   Planner(const AttentionProblem& problem, const DeviceTraits& traits)
-      : problem_(problem), traits_(traits), params_(problem.params) {}
+      : problem_(problem), traits_(traits), builder_(problem, traits), params_(builder_.params()) {}
 
   DispatchPlan Plan() {
     pairs_ = Has(FEATURE_PLAN) ? 0 : CountPairs(problem_);  // the device knows those of a plan
@@ -94,14 +68,14 @@ class Planner {
       case Pass::kBackward:
         PlanBackward();
         break;
+      case Pass::kPlan:
+        break;  // PlanTiles makes these
     }
-    plan_.params = params_;
-    if (family_ != nullptr) plan_.path = family_->path;
-    return std::move(plan_);
+    return builder_.Finish(family_ == nullptr ? DispatchPlan().path : family_->path);
   }
 
  private:
-  bool Has(std::uint32_t feature) const { return (problem_.features & feature) != 0; }
+  bool Has(std::uint32_t feature) const { return builder_.Has(feature); }
 
   void PlanTangent() {
     const double products =
@@ -129,7 +103,7 @@ class Planner {
       AddLists(dkv_shape, /*transposed=*/true);
     }
     if (wants_score_gradient) AddDelta();
-    needs_barrier_ = !plan_.dispatches.empty();
+    builder_.AddBarrier();
     const std::uint32_t cotangents = FEATURE_DOUT | FEATURE_DSHARES;
     if (wants_queries) {
       AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
@@ -143,9 +117,9 @@ class Planner {
                 KeyTiles(dkv_shape, params_.keys), products * pairs_ * params_.head_dim);
     }
     if (wants_coarse_rows) {
-      AddKernel(dkv_shape, kScoreFeatures | cotangents, KeyTiles(dkv_shape, params_.coarse_rows),
-                0);
-      std::uint32_t& features = plan_.dispatches.back().specialization[kFeatures];
+      std::uint32_t& features = AddKernel(dkv_shape, kScoreFeatures | cotangents,
+                                          KeyTiles(dkv_shape, params_.coarse_rows), 0)
+                                    .specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;
       if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
       if (Has(FEATURE_DCOARSE_V)) features |= FEATURE_DV;
@@ -156,14 +130,13 @@ class Planner {
   void PlanQueryKernel(Kernel kernel, std::uint32_t features, double flops_a_pair_and_column) {
     const KernelShape shape = Choose(kernel);
     AddLists(shape, /*transposed=*/false);
-    needs_barrier_ = !plan_.dispatches.empty();
+    builder_.AddBarrier();
     AddKernel(shape, features, QueryTiles(shape),
               flops_a_pair_and_column * pairs_ * params_.head_dim);
     if (shape.has_careful_pass) {
-      needs_barrier_ = true;
+      builder_.AddBarrier();
       // No flops: of what tiles it computes, those of the first pass were wasted.
-      AddKernel(shape, features, QueryTiles(shape), 0);
-      plan_.dispatches.back().specialization[kFeatures] |= FEATURE_CAREFUL;
+      AddKernel(shape, features, QueryTiles(shape), 0).specialization[kFeatures] |= FEATURE_CAREFUL;
     }
   }
 
@@ -206,7 +179,7 @@ class Planner {
       stride *= params_.batch[axis];
     }
     layout.head_stride = static_cast<std::uint32_t>(heads_differ_ ? stride : 0);
-    AddScratch(slot, list_words * lists * 4);
+    builder_.AddScratch(slot, list_words * lists * 4);
   }
 
   // How far apart a query and a key that it sees can be, both sides together.
@@ -252,14 +225,8 @@ class Planner {
     KernelShape maker = shape;
     maker.threads = kListThreads;
     maker.required_subgroup_size = 0;
-    Dispatch dispatch = MakeDispatch("work_lists.f32", maker, kVisibilityFeatures, lists * tiles);
-    // Lists are the same for every head_dim and dtype: one pipeline makes them.
-    for (const Constant constant :
-         {kHeadDim, kBiasDtype, kThreadRows, kSliceColumns, kVectorAccess}) {
-      dispatch.specialization[constant] = 0;
-    }
-    dispatch.specialization[kTransposed] = transposed ? 1 : 0;
-    plan_.dispatches.push_back(std::move(dispatch));
+    builder_.AddListKernel("work_lists", maker, kVisibilityFeatures, lists * tiles)
+        .specialization[kTransposed] = transposed ? 1 : 0;
   }
 
   void AddDelta() {
@@ -267,18 +234,12 @@ class Planner {
     layout.head_stride = 1;
     layout.column_stride = 1;
     layout.row_stride = params_.query_heads;
-    std::uint64_t stride = std::uint64_t{params_.queries} * params_.query_heads;
-    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
-      layout.batch_stride[axis] = params_.batch[axis] == 1 ? 0 : CheckedStride(stride);
-      stride *= params_.batch[axis];
-    }
-    AddScratch(OPERAND_DELTA, CheckedStride(stride) * std::uint64_t{4});
+    builder_.AddBatchScratch(OPERAND_DELTA, std::uint64_t{params_.queries} * params_.query_heads);
     KernelShape shape = {"attend_backward_delta", kDeltaThreads, kDeltaThreads / 8, kGranuleRows};
     const std::uint64_t rows =
         std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
-    plan_.dispatches.push_back(MakeDispatch(ModuleName(shape), shape,
-                                            FEATURE_DOUT | FEATURE_DLSE | FEATURE_DSHARES,
-                                            DivideUp(rows, shape.tile_rows)));
+    builder_.Add(builder_.ModuleName(shape), shape, FEATURE_DOUT | FEATURE_DLSE | FEATURE_DSHARES,
+                 DivideUp(rows, shape.tile_rows));
   }
 
   void AddBiasGradient(std::uint32_t cotangents, double value_products) {
@@ -296,63 +257,15 @@ class Planner {
     tiles *= extent[MAX_BATCH_AXES] * DivideUp(extent[MAX_BATCH_AXES + 1], shape.tile_rows) *
              DivideUp(extent[MAX_BATCH_AXES + 2], shape.block_rows);
     AddKernel(shape, kScoreFeatures | cotangents, tiles,
-              (2 + value_products) * pairs_ * params_.head_dim);
-    plan_.dispatches.back().specialization[kTileHeads] = 1;  // its tiles are of one head
+              (2 + value_products) * pairs_ * params_.head_dim)
+        .specialization[kTileHeads] = 1;  // its tiles are of one head
   }
 
-  void AddKernel(const KernelShape& shape, std::uint32_t features, std::uint64_t workgroups,
-                 double flops) {
-    Dispatch dispatch = MakeDispatch(ModuleName(shape), shape, features, workgroups);
-    dispatch.barrier_before = needs_barrier_;
+  Dispatch& AddKernel(const KernelShape& shape, std::uint32_t features, std::uint64_t workgroups,
+                      double flops) {
+    Dispatch& dispatch = builder_.Add(builder_.ModuleName(shape), shape, features, workgroups);
     dispatch.flops = flops;
-    needs_barrier_ = false;
-    plan_.dispatches.push_back(std::move(dispatch));
-  }
-
-  Dispatch MakeDispatch(std::string shader, const KernelShape& shape, std::uint32_t features,
-                        std::uint64_t workgroups) const {
-    Dispatch dispatch;
-    dispatch.shader = std::move(shader);
-    dispatch.required_subgroup_size = shape.required_subgroup_size;
-    // In the order of Constant.
-    dispatch.specialization = {
-        shape.threads,
-        KnownSubgroupSize(shape),
-        problem_.features & features,
-        params_.head_dim,
-        shape.tile_rows,
-        TileHeads(params_),
-        shape.block_rows,
-        problem_.bias_dtype,
-        shape.thread_rows,
-        shape.slice_columns,
-        RowsAllowVectors(params_, 4) ? 1u : 0u,
-        /*transposed=*/0,
-    };
-    const std::uint64_t x = std::min<std::uint64_t>(workgroups, traits_.max_workgroup_count);
-    const std::uint64_t y = DivideUp(workgroups, x);
-    if (y > traits_.max_workgroup_count || x * y > UINT32_MAX) {
-      throw std::invalid_argument("the call is too large for one dispatch (" +
-                                  std::to_string(workgroups) +
-                                  " tiles): split its batch or its sequence");
-    }
-    dispatch.groups = {static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(y), 1};
     return dispatch;
-  }
-
-  // 0 where the driver may choose among several.
-  std::uint32_t KnownSubgroupSize(const KernelShape& shape) const {
-    if (shape.required_subgroup_size != 0) return shape.required_subgroup_size;
-    return traits_.min_subgroup_size == traits_.max_subgroup_size ? traits_.subgroup_size : 0;
-  }
-
-  std::string ModuleName(const KernelShape& shape) const {
-    return std::string(shape.shader) + "." + DtypeName(problem_.dtype);
-  }
-
-  void AddScratch(std::uint32_t slot, std::uint64_t bytes) {
-    plan_.scratch.push_back({slot, plan_.scratch_bytes});
-    plan_.scratch_bytes += DivideUp(bytes, kScratchAlignment) * kScratchAlignment;
   }
 
   std::uint64_t QueryTileCount(const KernelShape& shape) const {
@@ -367,15 +280,14 @@ class Planner {
 
   const AttentionProblem& problem_;
   const DeviceTraits& traits_;
-  AttentionParams params_;
-  DispatchPlan plan_;
+  PlanBuilder builder_;
+  AttentionParams& params_;
   const KernelFamily* family_ = nullptr;  // the most preferred of those that serve the plan
   double pairs_ = 0;
   // Whether lists differ along each batch axis and among heads, and number of those of one head.
   std::array<bool, MAX_BATCH_AXES> batches_differ_ = {};
   bool heads_differ_ = false;
   std::uint64_t batch_lists_ = 1;
-  bool needs_barrier_ = false;
 };
 
 }  // namespace
@@ -393,6 +305,7 @@ bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements) {
 }
 
 DispatchPlan PlanAttention(const AttentionProblem& problem, const DeviceTraits& traits) {
+  if (problem.pass == Pass::kPlan) return PlanTiles(problem, traits);
   CheckProblem(problem, traits);
   return Planner(problem, traits).Plan();
 }

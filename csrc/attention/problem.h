@@ -9,7 +9,7 @@
 
 namespace jax_aat {
 
-enum class Pass { kForward, kTangent, kBackward };
+enum class Pass { kForward, kTangent, kBackward, kPlan };
 
 struct AttentionProblem {
   Pass pass = Pass::kForward;

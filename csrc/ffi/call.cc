@@ -24,33 +24,48 @@ template <typename... Parts>
 }
 
 struct PassSlots {
-  std::uint32_t required_operands;
-  std::uint32_t optional_operands;
-  std::uint32_t required_results;
-  std::uint32_t optional_results;
+  std::uint64_t required_operands;
+  std::uint64_t optional_operands;
+  std::uint64_t required_results;
+  std::uint64_t optional_results;
 };
 
+constexpr std::uint64_t kQkv = Bit(OPERAND_Q) | Bit(OPERAND_K) | Bit(OPERAND_V);
+constexpr std::uint64_t kLengthsAndSegments = Bit(OPERAND_Q_LENGTHS) | Bit(OPERAND_KV_LENGTHS) |
+                                              Bit(OPERAND_Q_SEGMENTS) | Bit(OPERAND_KV_SEGMENTS);
+constexpr std::uint64_t kLevelsAndLists =
+    Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) |
+    Bit(OPERAND_KEY_LIST_HEADERS) | Bit(OPERAND_KEY_LIST_ENTRIES);
 // What a plan brings: all of it, or none.
-constexpr std::uint32_t kPlan = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) |
-                                Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) |
-                                Bit(OPERAND_LIST_ENTRIES) | Bit(OPERAND_KEY_LIST_HEADERS) |
-                                Bit(OPERAND_KEY_LIST_ENTRIES);
+constexpr std::uint64_t kPlan = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) | kLevelsAndLists;
 
-// `planned`: the call has a plan.
-PassSlots SlotsOf(Pass pass, bool planned) {
-  constexpr std::uint32_t kQkv = Bit(OPERAND_Q) | Bit(OPERAND_K) | Bit(OPERAND_V);
-  constexpr std::uint32_t kOut = Bit(OPERAND_OUT) | Bit(OPERAND_LSE);
-  constexpr std::uint32_t kRowCounts = Bit(OPERAND_ROW_COUNTS);
-  constexpr std::uint32_t kPlanDerivatives =
+// Of the pass that makes a plan, or prices only.
+PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
+  if (!(attributes.results & Bit(OPERAND_LEVELS))) {
+    return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
+  }
+  if (attributes.operands & Bit(OPERAND_SPARE_ROWS)) {
+    return {kQkv | Bit(OPERAND_SPARE_ROWS), kLengthsAndSegments | Bit(OPERAND_PRICES),
+            kLevelsAndLists | Bit(OPERAND_LAMBDA), 0};
+  }
+  return {kQkv | Bit(OPERAND_LAMBDA),
+          kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), kLevelsAndLists,
+          0};
+}
+
+PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
+  constexpr std::uint64_t kOut = Bit(OPERAND_OUT) | Bit(OPERAND_LSE);
+  constexpr std::uint64_t kRowCounts = Bit(OPERAND_ROW_COUNTS);
+  constexpr std::uint64_t kPlanDerivatives =
       Bit(OPERAND_DCOARSE_K) | Bit(OPERAND_DCOARSE_V) | Bit(OPERAND_DLEVEL_BIAS);
-  const std::uint32_t inputs = kQkv | (planned ? kPlan : 0);
-  const std::uint32_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | Bit(OPERAND_Q_LENGTHS) |
-                                Bit(OPERAND_KV_LENGTHS) | Bit(OPERAND_Q_SEGMENTS) |
-                                Bit(OPERAND_KV_SEGMENTS) | (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
-  const std::uint32_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);
-  const std::uint32_t derivatives = Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) |
+  const bool planned = (attributes.operands & kPlan) != 0;
+  const std::uint64_t inputs = kQkv | (planned ? kPlan : 0);
+  const std::uint64_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | kLengthsAndSegments |
+                                (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
+  const std::uint64_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);
+  const std::uint64_t derivatives = Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) |
                                     Bit(OPERAND_DBIAS) | (planned ? kPlanDerivatives : 0);
-  const std::uint32_t out_derivatives =
+  const std::uint64_t out_derivatives =
       Bit(OPERAND_DOUT) | Bit(OPERAND_DLSE) | (planned ? Bit(OPERAND_DSHARES) : 0);
   switch (pass) {
     case Pass::kForward:
@@ -58,15 +73,17 @@ PassSlots SlotsOf(Pass pass, bool planned) {
     case Pass::kTangent:
       return {inputs | out, options | derivatives, out_derivatives, 0};
     case Pass::kBackward:
+      return {inputs | out, options | out_derivatives, 0, derivatives};
+    case Pass::kPlan:
       break;
   }
-  return {inputs | out, options | out_derivatives, 0, derivatives};
+  return SlotsOfPlanning(attributes);
 }
 
-void CheckPresence(const char* what, std::uint32_t present, std::uint32_t required,
-                   std::uint32_t optional) {
-  for (std::uint32_t slot = 0; slot < 32; ++slot) {
-    const std::uint32_t bit = Bit(slot);
+void CheckPresence(const char* what, std::uint64_t present, std::uint64_t required,
+                   std::uint64_t optional) {
+  for (std::uint32_t slot = 0; slot < 64; ++slot) {
+    const std::uint64_t bit = Bit(slot);
     if ((present & bit) && !((required | optional) & bit)) {
       Refuse("slot ", slot, " is not among the ", what, " of this pass.");
     }
@@ -116,6 +133,10 @@ class CallBuilder {
   AttentionProblem& problem() { return call_.problem; }
   AttentionParams& params() { return call_.problem.params; }
   bool Has(std::uint32_t slot) const { return buffers_[slot].has_value(); }
+
+  void SetFeature(std::uint32_t bit, bool on) {
+    if (on) problem().features |= bit;
+  }
 
   void FindDtypes() {
     const auto dtype_of = [this](std::uint32_t slot) {
@@ -204,6 +225,8 @@ class CallBuilder {
     if (Has(OPERAND_LEVELS)) {
       SetPlanShape(params(), attributes_.query_tile, trailing(OPERAND_LIST_ENTRIES, 1),
                    trailing(OPERAND_KEY_LIST_ENTRIES, 1));
+    } else if (problem().pass == Pass::kPlan) {
+      SetPlanShape(params(), attributes_.query_tile, 0, 0);
     }
   }
 
@@ -232,6 +255,8 @@ class CallBuilder {
         return params().plan_tiles;
       case Axis::kLevelWords:
         return LevelWords(params());
+      case Axis::kGranules:
+        return Granules(params());
       case Axis::kHeaderWords:
         return 4;
       case Axis::kListEntries:
@@ -249,6 +274,7 @@ class CallBuilder {
       case Axis::kHeadDim:
       case Axis::kLevelCount:
       case Axis::kLevelWords:
+      case Axis::kGranules:
       case Axis::kHeaderWords:
       case Axis::kListEntries:
       case Axis::kKeyListEntries:
@@ -316,32 +342,40 @@ class CallBuilder {
     params().scale = attributes_.scale;
     params().soft_cap = attributes_.soft_cap;
 
-    const auto feature = [this](std::uint32_t bit, bool on) {
-      if (on) problem().features |= bit;
-    };
-    feature(FEATURE_CAUSAL, attributes_.causal != 0);
-    feature(FEATURE_WINDOW, attributes_.window_left >= 0 || attributes_.window_right >= 0);
-    feature(FEATURE_SOFT_CAP, attributes_.soft_cap != 0);
-    feature(FEATURE_Q_LENGTHS, Has(OPERAND_Q_LENGTHS));
-    feature(FEATURE_KV_LENGTHS, Has(OPERAND_KV_LENGTHS));
-    feature(FEATURE_SEGMENTS, Has(OPERAND_Q_SEGMENTS));
-    feature(FEATURE_MASK, Has(OPERAND_MASK));
-    feature(FEATURE_BIAS, Has(OPERAND_BIAS));
-    feature(FEATURE_DQ, Has(OPERAND_DQ));
-    feature(FEATURE_DK, Has(OPERAND_DK));
-    feature(FEATURE_DV, Has(OPERAND_DV));
-    feature(FEATURE_DBIAS, Has(OPERAND_DBIAS));
-    feature(FEATURE_PLAN, Has(OPERAND_LEVELS));
-    feature(FEATURE_LEVEL_BIAS, Has(OPERAND_LEVEL_BIAS));
-    feature(FEATURE_DCOARSE_K, Has(OPERAND_DCOARSE_K));
-    feature(FEATURE_DCOARSE_V, Has(OPERAND_DCOARSE_V));
-    feature(FEATURE_DLEVEL_BIAS, Has(OPERAND_DLEVEL_BIAS));
-    feature(FEATURE_ROW_COUNTS, Has(OPERAND_ROW_COUNTS));
+    SetFeature(FEATURE_CAUSAL, attributes_.causal != 0);
+    SetFeature(FEATURE_WINDOW, attributes_.window_left >= 0 || attributes_.window_right >= 0);
+    SetFeature(FEATURE_SOFT_CAP, attributes_.soft_cap != 0);
+    SetFeature(FEATURE_Q_LENGTHS, Has(OPERAND_Q_LENGTHS));
+    SetFeature(FEATURE_KV_LENGTHS, Has(OPERAND_KV_LENGTHS));
+    SetFeature(FEATURE_SEGMENTS, Has(OPERAND_Q_SEGMENTS));
+    SetFeature(FEATURE_MASK, Has(OPERAND_MASK));
+    SetFeature(FEATURE_BIAS, Has(OPERAND_BIAS));
+    SetFeature(FEATURE_DQ, Has(OPERAND_DQ));
+    SetFeature(FEATURE_DK, Has(OPERAND_DK));
+    SetFeature(FEATURE_DV, Has(OPERAND_DV));
+    SetFeature(FEATURE_DBIAS, Has(OPERAND_DBIAS));
+    SetFeature(FEATURE_PLAN, Has(OPERAND_LEVELS) || problem().pass == Pass::kPlan);
+    SetFeature(FEATURE_LEVEL_BIAS, Has(OPERAND_LEVEL_BIAS));
+    SetFeature(FEATURE_DCOARSE_K, Has(OPERAND_DCOARSE_K));
+    SetFeature(FEATURE_DCOARSE_V, Has(OPERAND_DCOARSE_V));
+    SetFeature(FEATURE_DLEVEL_BIAS, Has(OPERAND_DLEVEL_BIAS));
+    SetFeature(FEATURE_ROW_COUNTS, Has(OPERAND_ROW_COUNTS));
     if (problem().pass == Pass::kBackward) {
-      feature(FEATURE_DOUT, Has(OPERAND_DOUT));
-      feature(FEATURE_DLSE, Has(OPERAND_DLSE));
-      feature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
+      SetFeature(FEATURE_DOUT, Has(OPERAND_DOUT));
+      SetFeature(FEATURE_DLSE, Has(OPERAND_DLSE));
+      SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
     }
+    if (problem().pass == Pass::kPlan) SetPlanningOptions();
+  }
+
+  void SetPlanningOptions() {
+    params().level_count = attributes_.level_count;
+    params().candidate_share = attributes_.candidate_share;
+    params().floor_share = attributes_.floor_share;
+    SetFeature(FEATURE_PRICES, Has(OPERAND_PRICES) && !call_.buffers[OPERAND_PRICES].result);
+    SetFeature(FEATURE_SPARE_ROWS, Has(OPERAND_SPARE_ROWS));
+    SetFeature(FEATURE_PREVIOUS_LEVELS, Has(OPERAND_PREVIOUS_LEVELS));
+    SetFeature(FEATURE_MAKES_LISTS, Has(OPERAND_LEVELS));
   }
 
   const CallAttributes& attributes_;
@@ -354,10 +388,10 @@ class CallBuilder {
 
 AttentionCall MakeCall(Pass pass, const CallAttributes& attributes, ffi::RemainingArgs args,
                        ffi::RemainingRets rets) {
-  const PassSlots slots = SlotsOf(pass, (attributes.operands & kPlan) != 0);
+  const PassSlots slots = SlotsOf(pass, attributes);
   CheckPresence("arguments", attributes.operands, slots.required_operands, slots.optional_operands);
   CheckPresence("results", attributes.results, slots.required_results, slots.optional_results);
-  const auto check_count = [](const char* what, std::uint32_t bits, std::size_t count) {
+  const auto check_count = [](const char* what, std::uint64_t bits, std::size_t count) {
     const auto expected = static_cast<std::size_t>(std::popcount(bits));
     if (count != expected) {
       Refuse("there are ", count, " ", what, ", the attribute says ", expected, ".");

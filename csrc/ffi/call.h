@@ -10,14 +10,18 @@
 namespace jax_aat {
 
 struct CallAttributes {
-  std::uint32_t operands = 0;  // bit i: slot i is among the arguments
-  std::uint32_t results = 0;   // bit i: slot i is among the results
+  std::uint64_t operands = 0;  // bit i: slot i is among the arguments
+  std::uint64_t results = 0;   // bit i: slot i is among the results
   float scale = 1;
   float soft_cap = 0;
   std::int32_t causal = 0;
   std::int32_t window_left = -1;
   std::int32_t window_right = -1;
   std::uint32_t query_tile = 0;  // rows of a query tile of the plan; 0 without one
+  // Of the pass that makes a plan:
+  std::uint32_t level_count = 0;
+  float candidate_share = 0;
+  float floor_share = 0;
 };
 
 struct AttentionCall {

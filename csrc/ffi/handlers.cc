@@ -12,14 +12,13 @@
 #include "vulkan/status.h"
 #include "xla/ffi/api/ffi.h"
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_aat::CallAttributes,
-                                      StructMember<std::uint32_t>("operands"),
-                                      StructMember<std::uint32_t>("results"),
-                                      StructMember<float>("scale"), StructMember<float>("soft_cap"),
-                                      StructMember<std::int32_t>("causal"),
-                                      StructMember<std::int32_t>("window_left"),
-                                      StructMember<std::int32_t>("window_right"),
-                                      StructMember<std::uint32_t>("query_tile"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_aat::CallAttributes, StructMember<std::uint64_t>("operands"),
+    StructMember<std::uint64_t>("results"), StructMember<float>("scale"),
+    StructMember<float>("soft_cap"), StructMember<std::int32_t>("causal"),
+    StructMember<std::int32_t>("window_left"), StructMember<std::int32_t>("window_right"),
+    StructMember<std::uint32_t>("query_tile"), StructMember<std::uint32_t>("level_count"),
+    StructMember<float>("candidate_share"), StructMember<float>("floor_share"));
 
 namespace jax_aat {
 namespace {
@@ -93,17 +92,21 @@ auto CudaBinding() {
 XLA_FFI_DEFINE_HANDLER(kForwardOnHost, OnHost<Pass::kForward>, HostBinding());
 XLA_FFI_DEFINE_HANDLER(kTangentOnHost, OnHost<Pass::kTangent>, HostBinding());
 XLA_FFI_DEFINE_HANDLER(kBackwardOnHost, OnHost<Pass::kBackward>, HostBinding());
+XLA_FFI_DEFINE_HANDLER(kPlanOnHost, OnHost<Pass::kPlan>, HostBinding());
 XLA_FFI_DEFINE_HANDLER(kForwardOnCuda, OnCuda<Pass::kForward>, CudaBinding());
 XLA_FFI_DEFINE_HANDLER(kTangentOnCuda, OnCuda<Pass::kTangent>, CudaBinding());
 XLA_FFI_DEFINE_HANDLER(kBackwardOnCuda, OnCuda<Pass::kBackward>, CudaBinding());
+XLA_FFI_DEFINE_HANDLER(kPlanOnCuda, OnCuda<Pass::kPlan>, CudaBinding());
 
 }  // namespace
 
 XLA_FFI_Error* ForwardOnHost(XLA_FFI_CallFrame* frame) { return kForwardOnHost(frame); }
 XLA_FFI_Error* TangentOnHost(XLA_FFI_CallFrame* frame) { return kTangentOnHost(frame); }
 XLA_FFI_Error* BackwardOnHost(XLA_FFI_CallFrame* frame) { return kBackwardOnHost(frame); }
+XLA_FFI_Error* PlanOnHost(XLA_FFI_CallFrame* frame) { return kPlanOnHost(frame); }
 XLA_FFI_Error* ForwardOnCuda(XLA_FFI_CallFrame* frame) { return kForwardOnCuda(frame); }
 XLA_FFI_Error* TangentOnCuda(XLA_FFI_CallFrame* frame) { return kTangentOnCuda(frame); }
 XLA_FFI_Error* BackwardOnCuda(XLA_FFI_CallFrame* frame) { return kBackwardOnCuda(frame); }
+XLA_FFI_Error* PlanOnCuda(XLA_FFI_CallFrame* frame) { return kPlanOnCuda(frame); }
 
 }  // namespace jax_aat

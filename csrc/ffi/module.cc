@@ -30,15 +30,16 @@ using ReleaseGil = nb::call_guard<nb::gil_scoped_release>;
 
 nb::dict Registrations(const std::string& platform) {
   const auto targets = [](XLA_FFI_Handler* forward, XLA_FFI_Handler* tangent,
-                          XLA_FFI_Handler* backward) {
+                          XLA_FFI_Handler* backward, XLA_FFI_Handler* plan) {
     nb::dict dict;
     dict["jax_aat_forward"] = nb::capsule(reinterpret_cast<void*>(forward));
     dict["jax_aat_tangent"] = nb::capsule(reinterpret_cast<void*>(tangent));
     dict["jax_aat_backward"] = nb::capsule(reinterpret_cast<void*>(backward));
+    dict["jax_aat_plan"] = nb::capsule(reinterpret_cast<void*>(plan));
     return dict;
   };
-  if (platform == "cpu") return targets(ForwardOnHost, TangentOnHost, BackwardOnHost);
-  if (platform == "cuda") return targets(ForwardOnCuda, TangentOnCuda, BackwardOnCuda);
+  if (platform == "cpu") return targets(ForwardOnHost, TangentOnHost, BackwardOnHost, PlanOnHost);
+  if (platform == "cuda") return targets(ForwardOnCuda, TangentOnCuda, BackwardOnCuda, PlanOnCuda);
   throw nb::value_error(
       Concat("there are no custom calls for the platform '", platform, "', only cpu and cuda")
           .c_str());
@@ -121,9 +122,11 @@ const char* PassName(Pass pass) {
     case Pass::kTangent:
       return "tangent";
     case Pass::kBackward:
+      return "backward";
+    case Pass::kPlan:
       break;
   }
-  return "backward";
+  return "plan";
 }
 
 std::optional<nb::dict> LastDispatchDict() {

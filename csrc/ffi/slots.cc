@@ -16,6 +16,8 @@ constexpr std::array kPerRowAndLevel = {kQueries, kQueryHeads, kLevelCount};
 constexpr std::array kLevelsMap = {kLists, kPlanTiles, kLevelWords};
 constexpr std::array kHeaders = {kLists, kPlanTiles, kHeaderWords};
 constexpr std::array kEntries = {kLists, kListEntries};
+constexpr std::array kPrices = {kLists, kPlanTiles, kGranules};
+constexpr std::array kPerList = {kLists};
 constexpr std::array kKeyHeaders = {kKvHeads, kKeyListTiles, kHeaderWords};
 constexpr std::array kKeyEntries = {kKvHeads, kKeyListEntries};
 
@@ -52,6 +54,10 @@ constexpr std::array<Slot, kCallSlots> kSlots = {{
     {"dlevel bias", SlotType::kFloat32, kPerRowAndLevel, false},
     {"dshares", SlotType::kFloat32, kPerRowAndLevel, false},
     {"row counts", SlotType::kUint32, kPerRowAndLevel, false},
+    {"prices", SlotType::kUint32, kPrices, false},
+    {"spare rows", SlotType::kFloat32, {}, false},
+    {"lambda", SlotType::kFloat32, kPerList, false},
+    {"previous levels", SlotType::kUint32, kLevelsMap, false},
 }};
 
 }  // namespace

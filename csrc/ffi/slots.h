@@ -10,7 +10,7 @@
 
 namespace jax_aat {
 
-inline constexpr std::uint32_t kCallSlots = 31;  // those that cross the FFI boundary
+inline constexpr std::uint32_t kCallSlots = 35;  // those that cross the FFI boundary
 
 // Axes after the batch axes.
 enum class Axis {
@@ -25,6 +25,7 @@ enum class Axis {
   kLists,
   kPlanTiles,
   kLevelWords,
+  kGranules,
   kHeaderWords,
   kListEntries,
   kKeyListTiles,
@@ -42,6 +43,6 @@ struct Slot {
 
 const std::array<Slot, kCallSlots>& Slots();
 
-constexpr std::uint32_t Bit(std::uint32_t slot) { return std::uint32_t{1} << slot; }
+constexpr std::uint64_t Bit(std::uint32_t slot) { return std::uint64_t{1} << slot; }
 
 }  // namespace jax_aat

@@ -167,7 +167,11 @@ class _Split:
             taken.update(names)
             return names
 
-        heads = claim(specs[Slot.Q][-2], sizes.heads)
+        # One lambda, which all heads of a batch entry together decide, serves them all.
+        makes_plan = any(
+            slot in shapes and slot not in specs for slot in (Slot.LEVELS, Slot.PRICES)
+        )
+        heads = () if makes_plan else claim(specs[Slot.Q][-2], sizes.heads)
         batch = []
         for axis, size in enumerate(sizes.batch):
             entries = (spec[axis] for slot, spec in specs.items() if shapes[slot][axis] == size)

@@ -1,4 +1,4 @@
-"""What the three primitives share: binding, abstract values, lowering, batching, derivatives.
+"""What the primitives share: binding, abstract values, lowering, batching, derivatives.
 
 Every primitive takes its operands in slot order and has at least these parameters: `slots` (which
 operands those are), `options`, `implementation` and `needs_devices` (see `devices_marker`).
@@ -32,11 +32,12 @@ def _new_primitive(name: str, *static_argnames: str) -> Primitive:
     return primitive
 
 
-# All three are made here because the rules of each bind another; their names are those of the
+# All are made here because the rules of each bind another; their names are those of the
 # custom calls' targets.
 forward_p = _new_primitive("jax_aat_forward")
 tangent_p = _new_primitive("jax_aat_tangent")
 backward_p = _new_primitive("jax_aat_backward", "results", "dbias_shape")
+plan_p = _new_primitive("jax_aat_plan", "results", "adaptation")
 
 
 def bind(primitive: Primitive, operands: Operands, **params: Any) -> list[Any]:

@@ -46,10 +46,13 @@ def vulkan_call(
         window_left=np.int32(options.window[0]),
         window_right=np.int32(options.window[1]),
         query_tile=np.uint32(options.query_tile),
+        level_count=np.uint32(options.level_count),
+        candidate_share=np.float32(options.candidate_share),
+        floor_share=np.float32(options.floor_share),
     )
     by_slot = dict(zip(wanted, values, strict=True))
     return [axes.restore(by_slot[slot], t.shape) for slot, t in results.items()]
 
 
-def _bits(slots: Iterable[Slot]) -> np.uint32:
-    return np.uint32(sum(1 << slot for slot in slots))
+def _bits(slots: Iterable[Slot]) -> np.uint64:
+    return np.uint64(sum(1 << slot for slot in slots))

@@ -11,8 +11,9 @@ namespace jax_aat {
 using uint = std::uint32_t;
 #endif
 
-// Operand slots. Those up to ROW_COUNTS cross the FFI boundary (bit i of the `operands` and `results`
-// attributes); the rest is scratch of one call. Work lists are scratch where no plan gives them.
+// Operand slots. Those up to PREVIOUS_LEVELS cross the FFI boundary (bit i of the `operands` and
+// `results` attributes); the rest is scratch of one call. Work lists are scratch where no plan gives
+// them, prices where only levels are wanted.
 #define OPERAND_Q 0
 #define OPERAND_K 1
 #define OPERAND_V 2
@@ -48,8 +49,18 @@ using uint = std::uint32_t;
 #define OPERAND_DLEVEL_BIAS 28
 #define OPERAND_DSHARES 29
 #define OPERAND_ROW_COUNTS 30  // rows that a query was multiplied with: exact, coarse
-#define OPERAND_DELTA 31       // float32 [batch, queries, query_heads]: sum(dout * out) - dlse
-#define OPERAND_COUNT 32
+// Of a call that makes a plan:
+#define OPERAND_PRICES 31           // two of each granule, by query tile (common/prices.glsl)
+#define OPERAND_SPARE_ROWS 32       // that the tiles of a batch entry may read
+#define OPERAND_LAMBDA 33           // price of a row, by list
+#define OPERAND_PREVIOUS_LEVELS 34
+#define OPERAND_DELTA 35           // float32 [batch, queries, query_heads]: sum(dout * out) - dlse
+#define OPERAND_KEY_SUMMARIES 36
+#define OPERAND_QUERY_SUMMARIES 37
+#define OPERAND_ROUTER_SCRATCH 38
+#define OPERAND_HISTOGRAM 39       // of prices (plan_price.comp)
+#define OPERAND_SEGMENT_RANGES 40  // smallest and largest ids (common/boundary.glsl)
+#define OPERAND_COUNT 41
 
 #define MAX_BATCH_AXES 4
 
@@ -82,6 +93,11 @@ using uint = std::uint32_t;
 #define FEATURE_DSHARES 1048576      // cotangent of shares given (backward)
 #define FEATURE_ROW_COUNTS 2097152   // row counts wanted (forward)
 #define FEATURE_COARSE_TILE 4194304  // the kernel's key tiles are of coarse rows (backward)
+// What a call that makes a plan is given:
+#define FEATURE_PRICES 8388608
+#define FEATURE_SPARE_ROWS 16777216  // else lambda
+#define FEATURE_PREVIOUS_LEVELS 33554432
+#define FEATURE_MAKES_LISTS 67108864  // levels and lists are wanted, not prices
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
@@ -114,6 +130,10 @@ struct AttentionParams {
   uint plan_positions;       // of a query tile; a power of two
   uint plan_tiles;           // of queries
   uint coarse_rows;          // of granules and super-tiles
+  // Of a call that makes one:
+  uint level_count;       // levels in use: 1: exact or hidden, 2: means of granules, 3: of super-tiles
+  float candidate_share;  // of the granules that a tile sees, those that the router judges twice
+  float floor_share;      // those that are exact for their importance
   OperandLayout operand[OPERAND_COUNT];
 };
 

@@ -1,0 +1,125 @@
+#include "attention/tile_planner.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "attention/checks.h"
+#include "attention/plan_shape.h"
+
+namespace jax_aat {
+namespace {
+
+constexpr std::uint32_t kWantedThreads = 256;
+constexpr std::uint32_t kRangeThreads = 64;  // granules of a super-tile
+constexpr std::uint32_t kPriceTiles = 8;     // query tiles whose prices a workgroup counts
+constexpr std::uint32_t kGranuleRows = 16;
+// As in shaders/plan_price.comp.
+constexpr std::uint32_t kHistogramWords = 2 * (1024 + 32);
+enum PriceStage { kClear, kCoarse, kFine, kChoose };
+// As in shaders/plan_key_lists.comp.
+enum KeyListStage { kCount, kList };
+
+class TilePlanner {
+ public:
+  explicit TilePlanner(PlanBuilder& builder) : builder_(builder), params_(builder.params()) {}
+
+  void Plan() {
+    const bool makes_prices = !builder_.Has(FEATURE_PRICES);
+    const bool makes_lists = builder_.Has(FEATURE_MAKES_LISTS);
+    if (builder_.Has(FEATURE_SEGMENTS)) AddSegmentRanges();
+    if (builder_.Has(FEATURE_SPARE_ROWS)) {
+      builder_.AddBatchScratch(OPERAND_HISTOGRAM, kHistogramWords);
+      AddPriceStage(kClear,
+                    DivideUp(kHistogramWords * std::uint64_t{params_.batch_count}, Threads()));
+    }
+    if (makes_prices) {
+      if (makes_lists) AddPrices();
+      AddRouter();
+    }
+    if (!makes_lists) return;
+    if (builder_.Has(FEATURE_SPARE_ROWS)) {
+      const std::uint64_t parts =
+          DivideUp(std::uint64_t{Lists()} * params_.plan_tiles, kPriceTiles) * params_.batch_count;
+      for (const PriceStage stage : {kCoarse, kFine}) {
+        builder_.AddBarrier();
+        AddPriceStage(stage, parts);
+      }
+      builder_.AddBarrier();
+      AddPriceStage(kChoose, params_.batch_count);
+    }
+    AddLists();
+  }
+
+ private:
+  std::uint32_t Lists() const { return params_.query_heads / TileHeads(params_); }
+  std::uint64_t Tiles() const {
+    return std::uint64_t{Lists()} * params_.plan_tiles * params_.batch_count;
+  }
+  std::uint32_t Threads() const {
+    return std::min(kWantedThreads, builder_.traits().max_workgroup_invocations);
+  }
+
+  Dispatch& Add(const char* shader, std::uint32_t features, std::uint64_t workgroups) {
+    const KernelShape shape = {shader, Threads(), PlanTileRows(params_), kGranuleRows};
+    return builder_.AddListKernel(shader, shape, features, workgroups);
+  }
+
+  // The ids of segments that occur in granules, super-tiles and query tiles.
+  void AddSegmentRanges() {
+    builder_.AddBatchScratch(OPERAND_SEGMENT_RANGES,
+                             2 * (std::uint64_t{params_.coarse_rows} + params_.plan_tiles));
+    const std::uint64_t super_tiles = params_.coarse_rows - Granules(params_);
+    Dispatch& dispatch =
+        Add("segment_ranges", kVisibilityFeatures,
+            (super_tiles + DivideUp(params_.plan_tiles, kRangeThreads)) * params_.batch_count);
+    dispatch.specialization[kThreads] = kRangeThreads;
+  }
+
+  // As scratch.
+  void AddPrices() {
+    OperandLayout& layout = params_.operand[OPERAND_PRICES];
+    const std::uint64_t a_list = std::uint64_t{params_.plan_tiles} * Granules(params_);
+    layout.row_stride = Granules(params_);
+    layout.head_stride = CheckedStride(a_list);
+    layout.column_stride = 1;
+    builder_.AddBatchScratch(OPERAND_PRICES, a_list * Lists());
+  }
+
+  // Summaries of keys and queries, then the prices of all granules of all tiles.
+  void AddRouter() {
+    throw std::invalid_argument("prices are not made by shaders yet: use implementation='xla'");
+  }
+
+  void AddPriceStage(PriceStage stage, std::uint64_t workgroups) {
+    Dispatch& dispatch = Add("plan_price", 0, workgroups);
+    dispatch.specialization[kTileRows] = kPriceTiles;
+    dispatch.specialization.push_back(stage);
+  }
+
+  void AddLists() {
+    builder_.AddBarrier();
+    Add("plan_levels", kVisibilityFeatures | FEATURE_PREVIOUS_LEVELS, Tiles());
+    const std::uint64_t key_tiles =
+        std::uint64_t{KeyListTiles(params_)} * params_.kv_heads * params_.batch_count;
+    builder_.AddBarrier();
+    Add("plan_list_starts", 0, std::uint64_t{Lists()} * params_.batch_count);
+    Add("plan_key_lists", 0, key_tiles).specialization.push_back(kCount);
+    builder_.AddBarrier();
+    Add("plan_lists", kVisibilityFeatures, Tiles());
+    Add("plan_key_lists", 0, key_tiles).specialization.push_back(kList);
+  }
+
+  PlanBuilder& builder_;
+  AttentionParams& params_;
+};
+
+}  // namespace
+
+DispatchPlan PlanTiles(const AttentionProblem& problem, const DeviceTraits& traits) {
+  CheckProblem(problem, traits);
+  PlanBuilder builder(problem, traits);
+  TilePlanner(builder).Plan();
+  return builder.Finish(DispatchPlan().path);
+}
+
+}  // namespace jax_aat

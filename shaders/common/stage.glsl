@@ -1,0 +1,2 @@
+// Of a planning kernel that runs in several dispatches: which one this is.
+layout(constant_id = 12) const uint STAGE = 0;

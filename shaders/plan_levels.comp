@@ -1,0 +1,90 @@
+#version 460
+// Levels of the granules of each query tile by their prices, and how many granules and coarse rows
+// the tile's list will hold. A workgroup makes the levels of one tile.
+#include "common/plan_tile.glsl"
+
+#define LEVEL_HIDDEN 3
+// Hysteresis, as in jax_aat/router.py: multiplied by both, as a product is rounded alike everywhere.
+const float MARGIN = 1.2;
+const float INVERSE_MARGIN = 1.0 / 1.2;
+const uint WORDS = THREADS / LEVEL_GRANULES;
+const uint SUPER_TILES = THREADS / SUPER_TILE_GRANULES;
+
+shared uint level_words[WORDS];  // of THREADS granules
+shared uint super_tiles[SUPER_TILES];
+shared uvec3 totals;  // full granules, those at level 0, coarse rows
+
+// The upper half of a float32, of which those below 0 count as 0.
+uint upper_half(float x) {
+  uint bits = floatBitsToUint(x);
+  return (bits >> 31) != 0 ? 0 : bits >> 16;
+}
+
+uint level_at(uint prices, uint price) {
+  if ((prices >> 16) >= price) return LEVEL_EXACT;
+  if (PARAMS.level_count == 1) return LEVEL_HIDDEN;
+  return PARAMS.level_count == 3 && (prices & 0xffffu) < price ? LEVEL_SUPER_MEAN : LEVEL_MEAN;
+}
+
+// The nearest finer level that the boundary allows.
+uint allowed_level(uint level, Boundary bounds) {
+  if (!bounds.seen) return LEVEL_HIDDEN;
+  if (!bounds.whole) return LEVEL_EXACT;
+  return level == LEVEL_SUPER_MEAN && !bounds.super_whole ? LEVEL_MEAN : level;
+}
+
+void main() {
+  uint self = gl_LocalInvocationID.x;
+  uint list, tile;
+  if (!set_plan_tile(list, tile)) return;
+  uint granules = granule_count();
+  View prices = view_of(OPERAND_PRICES, list, 2);
+  View levels = levels_of(list, tile);
+  View previous = view_of(OPERAND_PREVIOUS_LEVELS, list, 2);
+  previous.base = add_wide(previous.base, multiply_wide(tile, previous.row_stride * 4));
+  uint price = upper_half(load_float(view_of(OPERAND_LAMBDA, list, 2).base, 0));
+  float value = uintBitsToFloat(price << 16);
+  uint lower_price = upper_half(value * INVERSE_MARGIN), higher_price = upper_half(value * MARGIN);
+  if (self == 0) totals = uvec3(0);
+
+  uvec3 own = uvec3(0);
+  for (uint base = 0; base < granules; base += THREADS) {
+    barrier();
+    if (self < WORDS) level_words[self] = 0;
+    if (self < SUPER_TILES) super_tiles[self] = 0;
+    barrier();
+    uint granule = base + self;
+    uint level = LEVEL_HIDDEN;
+    if (granule < granules) {
+      uint pair = load_word(prices.base, tile * prices.row_stride + granule);
+      level = level_at(pair, price);
+      if (has(FEATURE_PREVIOUS_LEVELS)) {
+        uint before = granule_level(previous, granule);
+        uint finer = level_at(pair, lower_price), coarser = level_at(pair, higher_price);
+        if (before != LEVEL_HIDDEN) {
+          level = clamp(before, min(finer, coarser), max(finer, coarser));
+        }
+      }
+      Boundary bounds = boundary_of(tile, granule);
+      level = allowed_level(level, bounds);
+      if (level == LEVEL_EXACT) own += uvec3(bounds.full ? 1 : 0, 1, 0);
+      if (level == LEVEL_MEAN) ++own.z;
+      if (level == LEVEL_SUPER_MEAN) super_tiles[self / SUPER_TILE_GRANULES] = 1;
+    }
+    atomicOr(level_words[self / LEVEL_GRANULES], level << (2 * (self % LEVEL_GRANULES)));
+    barrier();
+    uint word = base / LEVEL_GRANULES + self;
+    if (self < WORDS && word < divide_up(granules, LEVEL_GRANULES)) {
+      Words(levels.base).word[word] = level_words[self];
+    }
+    if (self < SUPER_TILES) own.z += super_tiles[self];
+  }
+  atomicAdd(totals.x, own.x);
+  atomicAdd(totals.y, own.y);
+  atomicAdd(totals.z, own.z);
+  barrier();
+  if (self == 0) {
+    // Where its entries start is known once the tiles before are.
+    Quads(view_of(OPERAND_LIST_HEADERS, list, 2).base).quad[tile] = uvec4(0, totals);
+  }
+}
