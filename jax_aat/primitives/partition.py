@@ -168,9 +168,7 @@ class _Split:
             return names
 
         # One lambda, which all heads of a batch entry together decide, serves them all.
-        makes_plan = any(
-            slot in shapes and slot not in specs for slot in (Slot.LEVELS, Slot.PRICES)
-        )
+        makes_plan = not specs.keys() >= shapes.keys() & {Slot.LEVELS, Slot.PRICES}
         heads = () if makes_plan else claim(specs[Slot.Q][-2], sizes.heads)
         batch = []
         for axis, size in enumerate(sizes.batch):

@@ -29,7 +29,7 @@ LISTS = (
 
 def make_prices(operands: Operands, options: Options, adaptation: Adaptation) -> jax.Array:
     """The prices of all granules, by shaders: what `jax_aat.router.break_even` gives."""
-    (prices,) = _bind(operands, options, adaptation, (Slot.PRICES,))
+    prices: jax.Array = _bind(operands, options, adaptation, (Slot.PRICES,))[0]
     return prices
 
 
