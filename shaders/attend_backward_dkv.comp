@@ -4,6 +4,7 @@
 // are keys, or coarse rows of a plan, so that score tiles are transposed.
 #define SCORE_PLANES 2
 #define TILE_PLANES 2
+#include "common/any_thread.glsl"
 #include "common/key_list.glsl"
 #include "common/score_gradient.glsl"
 #include "common/staging.glsl"
@@ -165,18 +166,6 @@ void add_listed_granules(WorkList list, uint first_key, uint first_head) {
   }
 }
 
-shared bool tile_is_listed;
-
-// Whether any row of the tile is seen by the query tile that was listed for more rows.
-bool any_listed(bool own) {
-  barrier();
-  if (gl_LocalInvocationID.x == 0) tile_is_listed = false;
-  barrier();
-  if (own) tile_is_listed = true;
-  barrier();
-  return tile_is_listed;
-}
-
 void add_listed_tiles(PlanList list, uint first_key, uint first_head) {
   bool tiles_are_loaded = false;
   uint row = gl_LocalInvocationID.x;
@@ -185,7 +174,8 @@ void add_listed_tiles(PlanList list, uint first_key, uint first_head) {
     ListedTile tile = listed_tile(list, i);
     if (!tile.exists) continue;
     row_offset = owns_row ? score_offset(first_key + row, tile) : -INFINITY;
-    if (!any_listed(row_offset != -INFINITY)) continue;
+    // The query tile was listed for more rows than those of this tile.
+    if (!any_thread(row_offset != -INFINITY)) continue;
     set_chunk(first_head, tile.chunk * TILE_HEADS);
     uint first_position = tile.number * PARAMS.plan_positions;
     uint end = min(first_position + PARAMS.plan_positions, call.queries);

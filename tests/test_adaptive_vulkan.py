@@ -1,6 +1,7 @@
 """Adaptive attention on a Vulkan device for random levels maps, against the dense oracle."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.reference import dense_adaptive_attention
 
-FLOATS = (Slot.Q, Slot.K, Slot.V, Slot.COARSE_K, Slot.COARSE_V, Slot.LEVEL_BIAS)
+FLOATS = (Slot.Q, Slot.K, Slot.V, Slot.BIAS, Slot.COARSE_K, Slot.COARSE_V, Slot.LEVEL_BIAS)
 
 
 class Case:
@@ -164,6 +165,8 @@ CASES = {
     "soft_cap": dict(soft_cap=1.5, scale=1.0),
     "bias_of_heads": dict(bias=(1, 2, 1, 1), soft_cap=5.0),
     "bias_of_queries": dict(bias=(2, 1, 100, 1), causal=True),
+    "bias_of_keys": dict(bias=(1, 1, 1, 2100), queries=70, keys=2100, query_tile=64),
+    "bias_of_pairs": dict(bias=(2, 8, 100, 100), heads=8, kv_heads=2, query_tile=16, causal=True),
     "no_keys_but_many": dict(keys=1100, queries=20, batch=1, dtype="float16"),
     "float16": dict(dtype="float16", causal=True, heads=4, kv_heads=2),
     "bfloat16": dict(dtype="bfloat16", queries=130, keys=200, query_tile=64),
@@ -207,6 +210,44 @@ def test_gradients(case, rng):
     assert_close(actual, expected, TOLERANCE[case.dtype][1])
 
 
+BIAS_SHAPE = (2, 2, 40, 1040)
+
+
+@functools.cache
+def bias_case() -> Case:
+    """All levels, two super-tiles, two heads that share a list."""
+    rng = np.random.default_rng(0)
+    sizes = dict(zip(("batch", "heads", "queries", "keys"), BIAS_SHAPE, strict=True))
+    return Case(rng, kv_heads=1, head_dim=8, query_tile=16, soft_cap=2.0, scale=1.0, **sizes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def bias_gradient(implementation: str, operands: Operands, cotangents) -> jax.Array:
+    """Of the results of `bias_case` with these operands."""
+
+    def attend(bias):
+        values = operands | {Slot.BIAS: bias}
+        return primitives.forward(values, bias_case().options, implementation)
+
+    return jax.vjp(attend, operands[Slot.BIAS])[1](cotangents)[0]
+
+
+@pytest.mark.parametrize("summed", list(itertools.product([False, True], repeat=4)))
+def test_gradient_of_a_bias_that_broadcasts(rng, summed):
+    """Equals XLA's for the whole matrix of logits, summed where the bias broadcasts."""
+    case = bias_case()
+    axes = tuple(axis for axis in range(4) if summed[axis])
+    shape = [1 if axis in axes else size for axis, size in enumerate(BIAS_SHAPE)]
+    bias = normal(rng, *shape)
+    cotangents = tuple(case.like(rng, x) for x in case.compute({Slot.BIAS: bias}))
+    with Ran("vulkan", "forward", "backward"):
+        actual = bias_gradient("vulkan", case.operands | {Slot.BIAS: bias}, cotangents)
+        actual.block_until_ready()
+    whole = case.operands | {Slot.BIAS: jnp.broadcast_to(bias, BIAS_SHAPE)}
+    expected = bias_gradient("xla", whole, cotangents)
+    assert_close(actual, np.asarray(expected, np.float64).sum(axes, keepdims=True), 1e-4)
+
+
 def call_forward(case, operands, *extra: Slot):
     """The bare custom call, which gives the results in slot `extra` besides: (results by slot)."""
     sizes = case.operands[Slot.Q].shape
@@ -247,7 +288,8 @@ PLAN = (
 @pytest.mark.parametrize("garbage", ["ones", "random", "zeros"])
 def test_corrupted_plan_reads_nothing_outside(rng, slot, garbage):
     """Whatever a plan holds, a call ends, and the next one is right."""
-    case = Case(rng, queries=90, keys=1100, batch=1, q_lengths=[80], kv_lengths=[1090])
+    lengths = dict(q_lengths=[80], kv_lengths=[1090])
+    case = Case(rng, queries=90, keys=1100, batch=1, bias=(1, 2, 1, 1100), **lengths)
     shape = case.operands[slot].shape
     bad = {
         "ones": np.full(shape, 0xFFFFFFFF, np.uint32),
@@ -278,7 +320,8 @@ def test_equals_xla_for_a_plan_of_the_router(rng, dtype, levels):
     """Results and gradients, through the public functions."""
     adaptation = Adaptation(threshold=1e-4, levels=levels, query_tile=64)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1100, heads, 16)), dtype) for heads in (2, 1, 1))
-    plan = plan_tiles(q, k, v, is_causal=True, adaptation=adaptation)
+    bias = jnp.repeat(normal(rng, 1, 1, 1, 69, dtype=dtype), 16, axis=-1)[..., :1100]
+    plan = plan_tiles(q, k, v, adaptation, bias, is_causal=True)
 
     def attend(implementation, *values):
         return tiled_attention(
@@ -289,11 +332,11 @@ def test_equals_xla_for_a_plan_of_the_router(rng, dtype, levels):
             implementation=implementation,
         )
 
-    expected, pull = jax.vjp(functools.partial(attend, "xla"), q, k, v)
+    expected, pull = jax.vjp(functools.partial(attend, "xla"), q, k, v, bias)
     cotangent = normal(rng, *expected.shape, dtype=dtype)
     expected_gradients = pull(cotangent)
     with Ran("vulkan", "forward"):
-        actual, pull = jax.vjp(functools.partial(attend, "vulkan"), q, k, v)
+        actual, pull = jax.vjp(functools.partial(attend, "vulkan"), q, k, v, bias)
     with Ran("vulkan", "backward"):
         gradients = pull(cotangent)
     assert_close(actual, expected, TOLERANCE[dtype][0])

@@ -36,8 +36,6 @@ void CheckPlanning(const AttentionProblem& problem) {
 
 void CheckPlan(const AttentionProblem& problem) {
   const AttentionParams& params = problem.params;
-  Require(!(problem.pass == Pass::kBackward && (problem.features & FEATURE_DBIAS)),
-          "the gradient of a bias is not computed with a plan: use implementation='xla'");
   for (const int slot :
        {OPERAND_COARSE_K, OPERAND_COARSE_V, OPERAND_DCOARSE_K, OPERAND_DCOARSE_V}) {
     CheckSlice(problem, slot, params.coarse_rows, 1, params.head_dim, "coarse rows");

@@ -32,7 +32,7 @@ KernelTraits TraitsOf(Kernel kernel) {
     case Kernel::kBackwardDkv:
       return {"attend_backward_dkv", 2, 2, 2, 0, 4};
     case Kernel::kBackwardDbias:
-      return {"attend_backward_dbias", 1, 3, 0, 0, 0};
+      return {"attend_backward_dbias", 1, 3, 0, 0, 2};
   }
   return {};
 }

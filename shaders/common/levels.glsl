@@ -27,6 +27,12 @@ uint granule_keys(uint granule) {
   return min(GRANULE_ROWS, PARAMS.keys - granule * GRANULE_ROWS);
 }
 
+// Query heads of a query tile of the plan, whatever those of the kernel's tiles are.
+uint plan_tile_heads() {
+  uint group = PARAMS.query_heads / PARAMS.kv_heads;
+  return min(group & (~group + 1), 16);
+}
+
 // The words of one query tile; `list` is its head chunk.
 View levels_of(uint list, uint tile) {
   View levels = view_of(OPERAND_LEVELS, list, 2);

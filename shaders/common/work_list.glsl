@@ -52,6 +52,9 @@ WorkList query_list(uint chunk, uint tile, uint tile_positions) {
   if (has(FEATURE_PLAN)) {
     tile = tile * tile_positions / PARAMS.plan_positions;
     header = bounded_header(list_header(OPERAND_LIST_HEADERS, chunk, tile));
+    // Nothing is full beside a bias, which is read at the keys that entries name, once these are
+    // found to exist.
+    if (has(FEATURE_BIAS)) header.y = 0;
     // A plan counts the granule that the end of the keys cuts as full, being the last, where all its
     // keys are seen; but it has rows to hide.
     if (header.y > 0) {

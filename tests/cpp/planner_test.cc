@@ -423,10 +423,6 @@ void Refusals() {
   bad.params.keys = 0;
   ExpectRefusal(bad, traits, "sequence lengths");
   bad = good;
-  bad.pass = Pass::kBackward;
-  bad.features |= FEATURE_PLAN | FEATURE_DBIAS;
-  ExpectRefusal(bad, traits, "gradient of a bias");
-  bad = good;
   bad.params.batch_count += 1;
   ExpectRefusal(bad, traits, "batch_count");
   bad = good;
