@@ -23,6 +23,7 @@ from jax_aat.levels import (
 from jax_aat.problem import Operands, Options, Slot
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Boundary:
     """What tiles see; each attribute bool, broadcasts to [*batch, L, tiles, granules].

@@ -73,7 +73,7 @@ class Report:
 
     @property
     def relative_flops(self) -> jax.Array:
-        """FLOPs spent, planning included, over those of exact attention; hidden pairs in neither."""
+        """FLOPs spent, planning included, over those of exact attention; without hidden pairs."""
         visible = self.flops - self.hidden_flops
         return (visible + self.planning_flops) / jnp.maximum(self.dense_flops, 1)
 

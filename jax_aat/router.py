@@ -16,19 +16,22 @@ from jax import lax
 from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
+from jax_aat.hierarchy import judged_super_tiles, predict_foremost
 from jax_aat.levels import (
     EXACT,
     GRANULE,
     HIDDEN,
     MEAN,
     SUPER_MEAN,
+    SUPER_TILE,
     Grid,
     pack_levels,
     settled,
     unpack_levels,
 )
 from jax_aat.problem import Operands, Options, Slot, extents
-from jax_aat.scores import FINE, Keys, Queries, predict, subqueries
+from jax_aat.scores import predict
+from jax_aat.summaries import FINE, Keys, Queries, subqueries
 
 CANDIDATES = 2.0
 """Stage 2 looks at this many times the budget of the granules."""
@@ -167,12 +170,18 @@ def break_even(
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
     candidates = candidate_share(adaptation)
     most = math.ceil(floor_share(adaptation) * grid.granules)
+    judged = judged_super_tiles(operands, grid, candidates)
+    split = keys.by_list(grid)
 
     def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
-        errors = predict(
-            queries.at(tiles), keys, bounds, operands, options, grid, tiles, candidates
-        )
+        of_these = queries.at(tiles)
+        if judged < grid.super_tiles:
+            errors = predict_foremost(
+                of_these, keys, split, bounds, options, grid, candidates, judged
+            )
+        else:
+            errors = predict(of_these, keys, bounds, operands, options, grid, tiles, candidates)
         if MEAN not in adaptation.levels:
             exact, mean = errors.skipped / GRANULE, jnp.zeros_like(errors.skipped)
         else:
@@ -200,6 +209,10 @@ def break_even(
     shape = (operands[Slot.Q].shape[0], grid.lists, subqueries(grid)[0])
     # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
     a_tile = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates))
+    if judged < grid.super_tiles:
+        # Summaries are copied for each tile.
+        granule = operands[Slot.Q].shape[-1] * (2 + 2 * GRANULE // FINE)
+        a_tile = math.prod(shape[:2]) * judged * SUPER_TILE // GRANULE * granule
     size = max(1, min(grid.tiles, _CHUNK // a_tile))
     chunks = -(-grid.tiles // size)
     tiles = jnp.minimum(jnp.arange(chunks * size), grid.tiles - 1).reshape(chunks, size)
@@ -307,6 +320,17 @@ def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
     Pairs are counted one by one for causality, window and lengths, and by granules besides where
     there are segments or a mask.
     """
+    count = _visible_keys(operands, options, grid).sum(-1) * grid.heads
+    if Slot.MASK in operands or Slot.Q_SEGMENTS in operands:
+        seen = boundary(operands, options, grid).seen
+        seen = jnp.broadcast_to(seen, (count.shape[0], grid.lists, *seen.shape[-2:]))
+        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32).sum((1, 2))
+        count = jnp.minimum(count, rows * grid.query_tile)
+    return 4.0 * operands[Slot.Q].shape[-1] * count
+
+
+def _visible_keys(operands: Operands, options: Options, grid: Grid) -> jax.Array:
+    """Keys that causality, window and lengths let each query see, [B, T] float32."""
     position = jnp.arange(grid.queries, dtype=jnp.int32)[None]
     left, right = options.window
     if options.causal:
@@ -319,13 +343,7 @@ def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
     pairs = jnp.broadcast_to(jnp.maximum(stop - start, 0), (batch, grid.queries))
     if Slot.Q_LENGTHS in operands:
         pairs = jnp.where(position < operands[Slot.Q_LENGTHS][:, None], pairs, 0)
-    count = pairs.astype(jnp.float32).sum(-1) * grid.heads
-    if Slot.MASK in operands or Slot.Q_SEGMENTS in operands:
-        seen = boundary(operands, options, grid).seen
-        seen = jnp.broadcast_to(seen, (batch, grid.lists, *seen.shape[-2:]))
-        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32).sum((1, 2))
-        count = jnp.minimum(count, rows * grid.query_tile)
-    return 4.0 * operands[Slot.Q].shape[-1] * count
+    return pairs.astype(jnp.float32)
 
 
 def is_exact(adaptation: Adaptation) -> bool:
@@ -377,6 +395,13 @@ def planning_flops(
     coarse, fine = subqueries(grid)
     # A tile and a granule that it sees stand for that many pairs.
     a_pair = GRANULE * grid.query_tile
-    stages = coarse + coarse * GRANULE / 1024 / 2
-    stages += fine * (GRANULE // FINE) * candidate_share(adaptation)
-    return summaries + state + dense_flops(operands, options, grid) * (stages / a_pair)
+    to_super = coarse * GRANULE / SUPER_TILE / 2
+    candidates = candidate_share(adaptation)
+    stages = coarse + to_super + fine * (GRANULE // FINE) * candidates
+    dense = dense_flops(operands, options, grid)
+    judged = judged_super_tiles(operands, grid, candidates)
+    if judged == grid.super_tiles:
+        return summaries + state + dense * (stages / a_pair)
+    seen = _visible_keys(operands, options, grid)
+    share = jnp.minimum(seen, judged * SUPER_TILE).sum(-1) / jnp.maximum(seen.sum(-1), 1)
+    return summaries + state + dense * ((stages * share + 2 * to_super) / a_pair)

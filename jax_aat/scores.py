@@ -15,133 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_aat.boundary import Boundary
-from jax_aat.levels import GRANULE, SUPER_TILE, Grid
+from jax_aat.levels import GRANULE, Grid
 from jax_aat.problem import Operands, Options, Slot
-from jax_aat.pyramid import Blocks
+from jax_aat.summaries import SUB_QUERY, Keys, Queries
 
-SUB_QUERY = 16
-"""Positions of a sub-query in stage 1."""
-FINE = 4
-"""Positions of a sub-query in stage 2, and keys of a part of a granule."""
 _LARGEST_VARIANCE = 2.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Queries:
-    """Sub-queries; A of 16 positions a tile, each of F finer ones.
-
-    Attributes:
-      mean: Of queries times scale, [I, B, L, A, F, H].
-      square: Mean square of each component, likewise.
-      weight: Share of the positions that are queries, [I, B, L, A, F].
-    """
-
-    mean: jax.Array
-    square: jax.Array
-    weight: jax.Array
-
-    @classmethod
-    def of(cls, operands: Operands, options: Options, grid: Grid) -> "Queries":
-        """Sub-queries of all tiles."""
-        q = operands[Slot.Q].astype(jnp.float32) * options.scale
-        batch, _, _, head_dim = q.shape
-        size = min(SUB_QUERY, grid.positions)
-        fine = min(FINE, size)
-        whole = grid.tiles * grid.positions
-        q = jnp.pad(q, ((0, 0), (0, whole - grid.queries), (0, 0), (0, 0)))
-        position = jnp.arange(whole)
-        valid = (position < grid.queries)[None]
-        if Slot.Q_LENGTHS in operands:
-            valid &= position < operands[Slot.Q_LENGTHS][:, None]
-        valid = jnp.broadcast_to(valid, (batch, whole))
-        q = jnp.where(valid[..., None, None], q, 0)
-        cut = (batch, grid.tiles, grid.positions // size, size // fine, fine)
-        count = valid.reshape(cut).sum(-1).astype(jnp.float32)[..., None, None]
-        parts = q.reshape(*cut, grid.lists, grid.tile_heads, head_dim)
-        mean, square = (
-            cls._ordered(x.sum(4) / jnp.maximum(count, 1)[..., None])
-            for x in (parts, jnp.square(parts))
-        )
-        weight = jnp.broadcast_to(count / fine, (*cut[:-1], grid.lists, grid.tile_heads))
-        return cls(mean, square, cls._ordered(weight[..., None])[..., 0])
-
-    @staticmethod
-    def _ordered(x: jax.Array) -> jax.Array:
-        """[B, I, blocks, F, L, G, H] as [I, B, L, blocks * G, F, H]."""
-        x = jnp.transpose(x, (1, 0, 4, 2, 5, 3, 6))
-        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
-
-    def at(self, tiles: jax.Array) -> "Queries":
-        """Those of some tiles, with the batch axis first: [B, L, n, A, F, ...]."""
-        return Queries(
-            *(jnp.moveaxis(x[tiles], 0, 2) for x in (self.mean, self.square, self.weight))
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """Statistics of keys and values, [B, K, granules, ...], float32.
-
-    Attributes:
-      mean: Of the keys of a granule.
-      variance: Of each component.
-      fine_mean: Of each 4 keys, [B, K, granules, 4, H].
-      fine_variance: Likewise.
-      log_count: Logarithm of the number of keys, [B or 1, granules].
-      fine_log_count: Of each 4 keys, [B or 1, granules, 4]; -inf where there are none.
-      super_mean: Mean of the keys of super-tiles, [B, K, super-tiles, H].
-      scatter: Mean squared distance of values from their granule's mean, over their mean square.
-      apart: Squared distance of a granule's mean value from its super-tile's, over the same.
-      size: Mean squared value of a granule, over the same.
-    """
-
-    mean: jax.Array
-    variance: jax.Array
-    fine_mean: jax.Array
-    fine_variance: jax.Array
-    log_count: jax.Array
-    fine_log_count: jax.Array
-    super_mean: jax.Array
-    scatter: jax.Array
-    apart: jax.Array
-    size: jax.Array
-
-    @classmethod
-    def of(cls, operands: Operands, grid: Grid) -> "Keys":
-        """Statistics of all keys and values."""
-        lengths = operands.get(Slot.KV_LENGTHS)
-        k, v = (operands[slot].astype(jnp.float32) for slot in (Slot.K, Slot.V))
-        granules, fine = Blocks.of(k, GRANULE, lengths), Blocks.of(k, FINE, lengths)
-        values, super_values = Blocks.of(v, GRANULE, lengths), Blocks.of(v, SUPER_TILE, lengths)
-
-        def by_head(x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(x, 2, 1)
-
-        def in_granules(x: jax.Array) -> jax.Array:
-            parts = GRANULE // FINE
-            missing = grid.granules * parts - x.shape[1]
-            x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
-            return x.reshape(x.shape[0], grid.granules, parts, *x.shape[2:])
-
-        square = values.variance.sum(-1) + jnp.square(values.mean).sum(-1)
-        count = granules.count[..., None]
-        total = (square * count).sum(1, keepdims=True) / jnp.maximum(count.sum(1, keepdims=True), 1)
-        unit = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        apart = jnp.square(values.mean - super_values.mean[:, grid.super_tile_of]).sum(-1)
-        return cls(
-            mean=by_head(granules.mean),
-            variance=by_head(granules.variance),
-            fine_mean=jnp.moveaxis(in_granules(fine.mean), 3, 1),
-            fine_variance=jnp.moveaxis(in_granules(fine.variance), 3, 1),
-            log_count=jnp.log(jnp.maximum(granules.count, 1)),
-            fine_log_count=jnp.log(in_granules(fine.count)),
-            super_mean=by_head(Blocks.of(k, SUPER_TILE, lengths).mean),
-            scatter=by_head(values.variance.sum(-1) / unit),
-            apart=by_head(apart / unit),
-            size=by_head(square / unit),
-        )
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Errors:
     """What the router predicts of granules, each [B, L, n, granules] float32.
@@ -168,6 +49,7 @@ def predict(
     grid: Grid,
     tiles: jax.Array,
     candidates: float,
+    outside: jax.Array | None = None,
 ) -> Errors:
     """Predicts errors for some tiles.
 
@@ -180,23 +62,20 @@ def predict(
       grid: How the call is cut.
       tiles: Indices of the tiles, [n].
       candidates: Share of the granules that a tile sees that stage 2 looks at; 0: there is none.
+      outside: Logarithm of the mass of keys that are seen besides these, [B, L, n, A].
     """
-    share = jnp.maximum(queries.weight.sum(-1, keepdims=True), 1e-6)
-    part = (queries.weight / share)[..., None]
-    # One sum of both: XLA's CPU backend (JAX 0.10.2) crashes under vmap on two that it fuses.
-    mean, square = (jnp.stack([queries.mean, queries.square]) * part).sum(-2)
-    weight = share[..., 0]
-    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)  # [B, L, n, A]
-
-    logit, slope = _capped(_scores(mean, keys.mean, grid), options)
-    variance = _scores(square, keys.variance, grid) * slope
+    mean, square, weight = mean_queries(queries)
+    if outside is None:
+        outside = jnp.full(weight.shape, -jnp.inf)
+    logit, slope = scores(mean, keys.mean, grid, options)
+    variance = scores(square, keys.variance, grid)[0] * slope
     log_mass = logit + variance / 2 + keys.log_count[:, None, None, None]
     bias = _bias(operands, grid, tiles)
     if bias is not None:
         log_mass += bias
     log_mass = jnp.where(boundary.seen[..., None, :], log_mass, -jnp.inf)
-    squares = jnp.square(_softmax(log_mass))
-    importance = _over_queries(squares, weight)
+    squares = jnp.square(softmax(log_mass, outside))
+    importance = over_queries(squares, weight)
     if candidates:
         seen = boundary.seen.sum(-1, keepdims=True)
         most = math.ceil(candidates * grid.granules)
@@ -205,17 +84,16 @@ def predict(
         candidate = jnp.where(
             jnp.arange(most) < jnp.ceil(candidates * seen), candidate, grid.granules
         )
-        squares = _refined(queries, keys, log_mass, bias, candidate, options, grid)
-        importance = _over_queries(squares, weight)
+        squares = _refined(queries, keys, log_mass, bias, candidate, outside, options, grid)
+        importance = over_queries(squares, weight)
 
-    to_super = _scores(mean, keys.super_mean, grid)
-    to_super = _capped(to_super, options)[0][..., grid.super_tile_of]
+    to_super = scores(mean, keys.super_mean, grid, options)[0][..., grid.super_tile_of]
     spread = variance + jnp.square(logit - to_super)
     by_list = (x[:, :, None] for x in (keys.scatter, keys.apart, keys.size))
     scatter, apart, size = (jnp.repeat(x, grid.lists_per_kv_head, axis=1) for x in by_list)
     return Errors(
-        _over_queries(squares * _relative_variance(variance), weight) * scatter,
-        _over_queries(squares * _relative_variance(spread), weight) * (scatter + apart),
+        over_queries(squares * _relative_variance(variance), weight) * scatter,
+        over_queries(squares * _relative_variance(spread), weight) * (scatter + apart),
         importance * size,
         importance,
     )
@@ -227,6 +105,7 @@ def _refined(
     log_mass: jax.Array,
     bias: jax.Array | None,
     candidate: jax.Array,
+    outside: jax.Array,
     options: Options,
     grid: Grid,
 ) -> jax.Array:
@@ -249,7 +128,7 @@ def _refined(
         .get(mode="clip")
     )
     fine = logit + spread * slope / 2 + count[:, :, :, None, None]
-    fine = _log_sum(fine)  # [B, L, n, A, F, C]
+    fine = log_sum(fine)  # [B, L, n, A, F, C]
     place = candidate[:, :, :, None]
     old = jnp.take_along_axis(log_mass, place, axis=-1, mode="fill", fill_value=-jnp.inf)
     if bias is not None:
@@ -261,8 +140,9 @@ def _refined(
     index = tuple(jnp.ogrid[tuple(slice(size) for size in candidate.shape)])[:-1]
     is_candidate = jnp.zeros((*candidate.shape[:-1], grid.granules), bool)
     is_candidate = is_candidate.at[(*index, candidate)].set(True, mode="drop")
-    rest = _log_sum(jnp.where(is_candidate[..., None, :], -jnp.inf, log_mass))
-    total = jnp.logaddexp(rest[..., None], _log_sum(fine))  # [B, L, n, A, F]
+    rest = log_sum(jnp.where(is_candidate[..., None, :], -jnp.inf, log_mass))
+    rest = jnp.logaddexp(rest, outside)
+    total = jnp.logaddexp(rest[..., None], log_sum(fine))  # [B, L, n, A, F]
     # A finer sub-query without queries is 0 times everything: its parent's weight has left it out.
     part = queries.weight / jnp.maximum(queries.weight.sum(-1, keepdims=True), 1e-6)
     total = jnp.where(total == -jnp.inf, 0, total)
@@ -280,12 +160,35 @@ def _refined(
     return squares.at[where].set(refined, mode="drop")
 
 
-def _scores(queries: jax.Array, keys: jax.Array, grid: Grid) -> jax.Array:
-    """Products of [B, L, n, A, H] with [B, K, rows, H]: [B, L, n, A, rows]."""
+def mean_queries(queries: Queries) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean and mean square [B, L, n, A, H] of stage 1, and its weights in a tile [B, L, n, A]."""
+    share = jnp.maximum(queries.weight.sum(-1, keepdims=True), 1e-6)
+    part = (queries.weight / share)[..., None]
+    # One sum of both: XLA's CPU backend (JAX 0.10.2) crashes under vmap on two that it fuses.
+    mean, square = (jnp.stack([queries.mean, queries.square]) * part).sum(-2)
+    weight = share[..., 0]
+    return mean, square, weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
+
+
+def scores(
+    queries: jax.Array, keys: jax.Array, grid: Grid, capped: Options | None = None
+) -> tuple[jax.Array, jax.Array | float]:
+    """Products of [B, L, n, A, H] with [B, K, rows, H]: [B, L, n, A, rows].
+
+    Args:
+      queries: Means of queries, or of their squares.
+      keys: Means of keys, or their variances.
+      grid: How the call is cut.
+      capped: Options whose soft cap bends the products.
+
+    Returns:
+      The products, and the square of the slope of the soft cap.
+    """
     shape = queries.shape
     grouped = queries.reshape(shape[0], grid.kv_heads, grid.lists_per_kv_head, *shape[2:])
-    scores = _product("bklnah,bkgh->bklnag", grouped, keys)
-    return scores.reshape(*shape[:-1], keys.shape[2])
+    products = _product("bklnah,bkgh->bklnag", grouped, keys)
+    products = products.reshape(*shape[:-1], keys.shape[2])
+    return (products, 1.0) if capped is None else _capped(products, capped)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -335,7 +238,7 @@ def _meaned(x: jax.Array, axis: int, size: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]).mean(axis + 1)
 
 
-def _over_queries(x: jax.Array, weight: jax.Array) -> jax.Array:
+def over_queries(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Mean of [B, L, n, A, granules] over sub-queries."""
     return jnp.einsum("blnag,blna->blng", x, weight, precision=lax.Precision.HIGHEST)
 
@@ -345,21 +248,16 @@ def _relative_variance(z: jax.Array) -> jax.Array:
     return jnp.expm1(jnp.minimum(z, _LARGEST_VARIANCE))
 
 
-def _softmax(x: jax.Array) -> jax.Array:
-    """Softmax along the last axis; 0 where all is -inf."""
-    total = _log_sum(x)
+def softmax(x: jax.Array, outside: jax.Array | None = None) -> jax.Array:
+    """Softmax along the last axis and a logit `outside` of it; 0 where all is -inf."""
+    total = log_sum(x)
+    if outside is not None:
+        total = jnp.logaddexp(total, outside)
     return jnp.exp(x - jnp.where(total == -jnp.inf, 0, total)[..., None])
 
 
-def _log_sum(x: jax.Array) -> jax.Array:
+def log_sum(x: jax.Array) -> jax.Array:
     """Logarithm of the sum of exp along the last axis."""
     largest = x.max(-1)
     shift = jnp.where(largest == -jnp.inf, 0, largest)
     return shift + jnp.log(jnp.exp(x - shift[..., None]).sum(-1))
-
-
-def subqueries(grid: Grid) -> tuple[int, int]:
-    """Sub-queries of a tile in stage 1 and in stage 2."""
-    size = min(SUB_QUERY, grid.positions)
-    coarse = math.ceil(grid.positions / size) * grid.tile_heads
-    return coarse, coarse * (size // min(FINE, size))
