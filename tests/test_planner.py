@@ -1,4 +1,4 @@
-"""The planner, which needs no GPU: builds and runs its C++ test (tests/cpp/planner_test.cc)."""
+"""The planner, which needs no GPU: builds and runs its C++ tests (tests/cpp)."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ def test_planner(tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     assert compiler, "no C++ compiler: set CXX"
     program = tmp_path / "planner_test"
-    sources = [ROOT / "tests" / "cpp" / "planner_test.cc", *(ROOT / "csrc/attention").glob("*.cc")]
+    folders = (ROOT / "tests/cpp", ROOT / "csrc/attention")
+    sources = [source for folder in folders for source in folder.glob("*.cc")]
     includes = [f"-I{ROOT / folder}" for folder in ("csrc", "shaders")]
     subprocess.run([compiler, "-std=c++20", "-O1", *includes, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -1,0 +1,116 @@
+// Fuzzes the planner of tiles: its dispatches must be those of the call, in order, each after a
+// barrier where it needs one, its grids complete and its scratch disjoint.
+#include "tile_planner_test.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+#include "attention/kernels.h"
+#include "random_problem.h"
+
+namespace jax_aat {
+
+// A call that makes a plan of given prices.
+AttentionProblem RandomPlanning(Random& random) {
+  AttentionProblem problem = RandomProblem(random);
+  problem.pass = Pass::kPlan;
+  problem.features &= FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS | FEATURE_KV_LENGTHS |
+                      FEATURE_SEGMENTS | FEATURE_SOFT_CAP;
+  problem.features |= FEATURE_PLAN | FEATURE_MAKES_LISTS | FEATURE_PRICES;
+  if (Chance(random)) {
+    problem.features |= FEATURE_SPARE_ROWS;
+  } else if (Chance(random)) {
+    problem.features |= FEATURE_PREVIOUS_LEVELS;
+  }
+  SetPlanShape(problem.params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {4, 1000}),
+               Pick(random, {1, 1000}));
+  problem.params.level_count = Pick(random, {1, 2, 3});
+  return problem;
+}
+
+namespace {
+
+// What the dispatches of a planning call must be, in order.
+struct Expected {
+  const char* shader;
+  std::uint64_t workgroups;
+  bool barrier;
+};
+
+std::vector<Expected> ExpectedPlanning(const AttentionProblem& problem, std::uint64_t threads) {
+  const AttentionParams& params = problem.params;
+  const std::uint64_t heads = params.query_heads / TileHeads(params), batch = params.batch_count;
+  const std::uint64_t tiles = heads * params.plan_tiles;
+  const std::uint64_t key_lists = KeyListTiles(params) * std::uint64_t{params.kv_heads} * batch;
+  std::vector<Expected> expected;
+  if (problem.features & FEATURE_SEGMENTS) {
+    const std::uint64_t groups = DivideUp(params.keys, 1024) + DivideUp(params.plan_tiles, 64);
+    expected.push_back({"segment_ranges.f32", groups * batch, false});
+  }
+  if (problem.features & FEATURE_SPARE_ROWS) {
+    expected.push_back({"plan_price.f32", DivideUp(2112 * batch, threads), false});
+    expected.push_back({"plan_price.f32", DivideUp(tiles, 8) * batch, true});
+    expected.push_back({"plan_price.f32", DivideUp(tiles, 8) * batch, true});
+    expected.push_back({"plan_price.f32", batch, true});
+  }
+  expected.push_back({"plan_levels.f32", tiles * batch, !expected.empty()});
+  expected.push_back({"plan_list_starts.f32", heads * batch, true});
+  expected.push_back({"plan_key_lists.f32", key_lists, false});
+  expected.push_back({"plan_lists.f32", tiles * batch, true});
+  expected.push_back({"plan_key_lists.f32", key_lists, false});
+  return expected;
+}
+
+void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
+                   const DispatchPlan& plan) {
+  const std::uint64_t threads = std::min(256u, traits.max_workgroup_invocations);
+  const std::vector<Expected> expected = ExpectedPlanning(problem, threads);
+  EXPECT(plan.dispatches.size() == expected.size());
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const Dispatch& dispatch = plan.dispatches[i];
+    EXPECT(dispatch.shader == expected[i].shader);
+    EXPECT(dispatch.barrier_before == expected[i].barrier);
+    EXPECT(dispatch.specialization[0] ==
+           (StartsWith(dispatch.shader, "segment_ranges") ? 64 : threads));
+    const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
+    EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);
+    EXPECT(x * y >= expected[i].workgroups && x * (y - 1) < expected[i].workgroups);
+  }
+  // Scratch of each batch entry lies apart.
+  const AttentionParams& params = plan.params;
+  std::map<std::uint32_t, std::uint64_t> words;
+  if (problem.features & FEATURE_SPARE_ROWS) words[OPERAND_HISTOGRAM] = 2112;
+  if (problem.features & FEATURE_SEGMENTS) {
+    words[OPERAND_SEGMENT_RANGES] = 2 * (std::uint64_t{params.coarse_rows} + params.plan_tiles);
+  }
+  EXPECT(plan.scratch.size() == words.size());
+  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
+    const auto& [slot, offset] = plan.scratch[i];
+    const std::uint64_t end =
+        i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
+    EXPECT(offset % 256 == 0 && end - offset >= 4 * words.at(slot) * params.batch_count);
+    std::uint64_t stride = words.at(slot);
+    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+      EXPECT(params.operand[slot].batch_stride[axis] == (params.batch[axis] == 1 ? 0 : stride));
+      stride *= params.batch[axis];
+    }
+  }
+}
+
+}  // namespace
+
+void FuzzPlanning() {
+  Random random(3);
+  for (round = 0; round < kRounds; ++round) {
+    const AttentionProblem problem = RandomPlanning(random);
+    const DeviceTraits traits = RandomTraits(random);
+    try {
+      CheckPlanning(problem, traits, PlanAttention(problem, traits));
+    } catch (const std::invalid_argument& error) {
+      EXPECT(std::string(error.what()).find("split") != std::string::npos);
+    }
+  }
+}
+
+}  // namespace jax_aat

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "random_problem.h"
+
+namespace jax_aat {
+
+AttentionProblem RandomPlanning(Random& random);
+void FuzzPlanning();
+
+}  // namespace jax_aat
