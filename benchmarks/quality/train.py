@@ -50,6 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step-bytes", type=int, default=65536, help="bytes of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--needles", type=float, default=0.25, help="share of windows with needles")
+    parser.add_argument("--pairs", type=int, default=4, help="needles of such a window, each twice")
     parser.add_argument("--megabytes", type=float, default=160.0, help="of text, at most")
     parser.add_argument("--qkv-layers", type=int, nargs="*", default=[])
     parser.add_argument("--qkv-length", type=int, default=8192)
@@ -122,13 +123,11 @@ def learning_rate_at(progress: float, largest: float) -> float:
 
 
 def random_windows(
-    corpus: Corpus, args: argparse.Namespace, context: int, generator: np.random.Generator
+    corpus: Corpus, step_bytes: int, context: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Text of one step, [windows, context + 1], with needles in some windows."""
-    starts = generator.integers(len(corpus.train) - context, size=args.step_bytes // context)
-    windows = corpus.train[starts[:, None] + np.arange(context + 1)]
-    hide(windows, args.needles, 4, generator)
-    return windows
+    """Text of one step, [windows, context + 1]."""
+    starts = generator.integers(len(corpus.train) - context, size=step_bytes // context)
+    return corpus.train[starts[:, None] + np.arange(context + 1)]
 
 
 def train(
@@ -144,7 +143,8 @@ def train(
         progress = max((now - began) / (deadline - began), len(history) / args.most_steps)
         phase = min(int(np.searchsorted(ends, progress)), len(steps) - 1)
         context = args.contexts[phase]
-        windows = random_windows(corpus, args, context, generator)
+        windows = random_windows(corpus, args.step_bytes, context, generator)
+        hide(windows, args.needles, args.pairs, generator)
         rate = np.float32(learning_rate_at(progress, args.learning_rate))
         state, loss = steps[phase](state, windows, rate)
         history.append(loss)

@@ -57,7 +57,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--step-bytes", type=int, default=32768)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--needles", type=float, default=0.0)
     parser.add_argument("--megabytes", type=float, default=80.0)
     parser.add_argument("--held-out", type=int, default=32, help="windows")
     parser.add_argument("--output", type=Path, default=Path("build/quality/training.json"))
@@ -90,7 +89,7 @@ def affordable_steps(args: argparse.Namespace, step: Step, corpus: Corpus) -> in
     state, generator = initial_state(shape_of(args), args.seed), np.random.default_rng(args.seed)
     began = time.monotonic()
     for _ in range(_CALIBRATION_STEPS):
-        windows = random_windows(corpus, args, args.context, generator)
+        windows = random_windows(corpus, args.step_bytes, args.context, generator)
         state, loss = step(state, windows, np.float32(0))
         loss.block_until_ready()
     each = (time.monotonic() - began) / _CALIBRATION_STEPS
@@ -105,7 +104,7 @@ def train(
     history: list[float] = []
     bar = tqdm(range(steps), desc=name, mininterval=2)
     for index in bar:
-        windows = random_windows(corpus, args, args.context, generator)
+        windows = random_windows(corpus, args.step_bytes, args.context, generator)
         rate = learning_rate_at(index / steps, args.learning_rate)
         state, loss = step(state, windows, np.float32(rate))
         history.append(float(loss))
