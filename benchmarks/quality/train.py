@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from capture import save_qkv
 from corpus import Corpus, load_corpus, spread_windows
 from model import Attention, LanguageModel, Shape, default_dtype, exact_attention, losses
 from needles import hide
@@ -158,19 +159,6 @@ def train(
     return state["params"], [float(loss) for loss in history]
 
 
-def save_qkv(args: argparse.Namespace, seed: int, params: Any, window: np.ndarray) -> None:
-    """Writes query, key and value, after the rotation, of some layers on one held-out text."""
-
-    def capture(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-        return exact_attention(q, k, v)[0], tuple(x[0].astype(jnp.float16) for x in (q, k, v))
-
-    shape, dtype = shape_of(args), default_dtype()
-    captured = jax.jit(lambda p, w: losses(shape, dtype, capture, p, w)[1])(params, window[None])
-    for layer in args.qkv_layers:
-        arrays = {name: x[layer] for name, x in zip("qkv", captured, strict=True)}
-        np.savez(args.output / f"qkv-{seed}-layer{layer}.npz", **arrays)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains every seed and writes what evaluation needs."""
     began = time.monotonic()
@@ -197,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         facts = {"steps": len(history), "bytes": len(history) * args.step_bytes, "losses": history}
         save_weights(args.output, seed, params, shape, facts)
         if args.qkv_layers:
-            save_qkv(args, seed, params, held_out[0, : args.qkv_length + 1])
+            window = held_out[0, : args.qkv_length + 1]
+            save_qkv(args.output, seed, shape, params, args.qkv_layers, window)
         last = float(np.mean(history[-50:]))
         print(f"seed {seed}    {len(history)} steps, mean loss of the last 50 {last:.4f} nats")
     print(f"written   {args.output}, {time.monotonic() - began:.0f} s")
