@@ -1,7 +1,8 @@
 #include "attention/tile_planner.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <bit>
+#include <cmath>
 
 #include "attention/checks.h"
 #include "attention/plan_shape.h"
@@ -13,6 +14,15 @@ constexpr std::uint32_t kWantedThreads = 256;
 constexpr std::uint32_t kRangeThreads = 64;  // granules of a super-tile
 constexpr std::uint32_t kPriceTiles = 8;     // query tiles whose prices a workgroup counts
 constexpr std::uint32_t kGranuleRows = 16;
+// As in shaders/common/sub_queries.glsl.
+constexpr std::uint32_t kSubQueryPositions = 16;
+constexpr std::uint32_t kFinePositions = 4;
+constexpr std::uint64_t kSuperTileGranules = 64;
+// Workgroups of the router, each of which takes many tiles: scratch is not to grow with their
+// number.
+constexpr std::uint64_t kMostSlabs = 1024;
+constexpr std::uint64_t kMostSlabBytes = std::uint64_t{1} << 28;
+constexpr std::uint64_t kSlabAlignment = 64;  // floats
 // As in shaders/plan_price.comp.
 constexpr std::uint32_t kHistogramWords = 2 * (1024 + 32);
 enum PriceStage { kClear, kCoarse, kFine, kChoose };
@@ -85,9 +95,51 @@ class TilePlanner {
     builder_.AddBatchScratch(OPERAND_PRICES, a_list * Lists());
   }
 
-  // Summaries of keys and queries, then the prices of all granules of all tiles.
+  // Summaries of keys and values, then the prices of all granules of all tiles.
   void AddRouter() {
-    throw std::invalid_argument("prices are not made by shaders yet: use implementation='xla'");
+    const std::uint64_t summary = SummaryFloats();
+    params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
+    builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
+    const std::uint64_t slab = SlabFloats();
+    const std::uint64_t workgroups =
+        std::clamp<std::uint64_t>(kMostSlabBytes / (4 * slab), 1, std::min(kMostSlabs, Tiles()));
+    params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
+    builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4);
+
+    KernelShape shape = {"tile_processor", std::bit_floor(Threads()), PlanTileRows(params_),
+                         kGranuleRows};
+    builder_.Add(builder_.ModuleName(shape), shape, kVisibilityFeatures,
+                 SuperTiles() * params_.kv_heads * params_.batch_count);
+    shape.shader = "cross_tile_router";
+    builder_.AddBarrier();
+    Dispatch& router = builder_.Add(builder_.ModuleName(shape), shape,
+                                    kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
+    router.specialization.push_back(params_.level_count);
+    router.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
+  }
+
+  std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
+
+  // Of one batch entry and key/value head (shaders/common/summaries.glsl).
+  std::uint64_t SummaryFloats() const {
+    const std::uint64_t quads = DivideUp(params_.head_dim, 4);
+    const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
+    return 4 * (granules * (11 * quads + 1) + SuperTiles() * (quads + 1));
+  }
+
+  // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).
+  std::uint64_t SlabFloats() const {
+    const std::uint64_t quads = DivideUp(params_.head_dim, 4);
+    const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
+    const std::uint64_t sub_positions = std::min(params_.plan_positions, kSubQueryPositions);
+    const std::uint64_t subs = params_.plan_positions / sub_positions * TileHeads(params_);
+    const std::uint64_t fine_subs =
+        subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions));
+    const double candidates = std::ceil(params_.candidate_share * Granules(params_)) + 1;
+    const std::uint64_t floats = (subs + fine_subs) * quads * 8 + granules * (3 * subs + 3) +
+                                 SuperTiles() * subs +
+                                 static_cast<std::uint64_t>(candidates) * fine_subs;
+    return DivideUp(floats, kSlabAlignment) * kSlabAlignment;
   }
 
   void AddPriceStage(PriceStage stage, std::uint64_t workgroups) {

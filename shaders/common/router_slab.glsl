@@ -1,0 +1,59 @@
+// What a workgroup of the router notes of the tile at work: its slab of scratch. Places are counted in
+// floats; csrc/attention/tile_planner.cc knows the size (SlabFloats).
+#include "common/sub_queries.glsl"
+
+layout(buffer_reference, std430, buffer_reference_align = 4) buffer OwnFloats { float value[]; };
+layout(buffer_reference, std430, buffer_reference_align = 8) buffer OwnPairs { vec2 value[]; };
+// Read by other threads than have written them.
+layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer SharedFloats {
+  float value[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer SharedWords {
+  uint value[];
+};
+
+struct Slab {
+  SharedVectors queries;      // see make_sub_queries
+  OwnFloats log_mass;         // of granules, [sub-query][granule]; -inf: not seen
+  OwnPairs variances;         // relative ones of the granule, of the super-tile, likewise
+  SharedFloats super_logits;  // [super-tile][sub-query]
+  SharedFloats importance;    // of granules; NOT_SEEN
+  SharedWords marks;          // of granules: MARK_* and, above, the place among the candidates plus 1
+  SharedWords candidates;     // their granules, ascending
+  SharedFloats fine;          // [candidate][finer sub-query], see stage 2
+};
+
+#define MARK_WHOLE 1u
+#define MARK_SUPER_WHOLE 2u
+#define MARK_BITS 2
+#define NOT_SEEN -1.0
+
+uvec2 offset_by(uvec2 address, uint floats) { return add_wide(address, multiply_wide(floats, 4)); }
+
+Slab slab_of(uint workgroup) {
+  uint granules = padded_granules();
+  uvec2 at = view_of(OPERAND_ROUTER_SCRATCH, workgroup, 2).base;
+  Slab slab;
+  slab.queries = SharedVectors(at);
+  at = offset_by(at, (SUBS + FINE_SUBS) * QUADS * 8);
+  slab.variances = OwnPairs(at);
+  at = offset_by(at, SUBS * granules * 2);
+  slab.log_mass = OwnFloats(at);
+  at = offset_by(at, SUBS * granules);
+  slab.super_logits = SharedFloats(at);
+  at = offset_by(at, SUBS * super_tile_count());
+  slab.importance = SharedFloats(at);
+  at = offset_by(at, granules);
+  slab.marks = SharedWords(at);
+  at = offset_by(at, granules);
+  slab.candidates = SharedWords(at);
+  at = offset_by(at, granules);
+  slab.fine = SharedFloats(at);
+  return slab;
+}
+
+// Makes what threads have written to shared parts of the slab visible to the others.
+void sync_slab() {
+  memoryBarrierBuffer();
+  barrier();
+}

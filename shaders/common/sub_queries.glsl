@@ -1,0 +1,93 @@
+// Sub-queries: what the router knows of a tile's queries. One stands for up to 16 positions of one
+// head, and is made of finer ones of up to 4 positions, which stage 2 takes by themselves; each is a
+// mean and a mean square.
+#include "common/summaries.glsl"
+
+layout(constant_id = 12) const uint LEVELS = 3;  // in use: 1: exact, 2: and means, 3: of super-tiles
+layout(constant_id = 13) const uint STAGES = 2;
+
+const uint TILE_POSITIONS = TILE_ROWS / TILE_HEADS;
+const uint SUB_POSITIONS = TILE_POSITIONS < 16 ? TILE_POSITIONS : 16;
+const uint FINE_POSITIONS = SUB_POSITIONS < 4 ? SUB_POSITIONS : 4;
+const uint FINES = SUB_POSITIONS / FINE_POSITIONS;  // of a sub-query
+const uint SUBS = TILE_POSITIONS / SUB_POSITIONS * TILE_HEADS;
+const uint FINE_SUBS = SUBS * FINES;
+
+// Columns of sub-queries pass through shared memory by slices, [quad][sub-query] (mean, mean square).
+const uint STAGED_PAIRS = 256;
+
+shared vec4 staged[2 * STAGED_PAIRS];
+shared float sub_weight[SUBS];    // share of the tile's queries
+shared float fine_part[FINE_SUBS];  // share of its sub-query's
+
+uint sub_position(uint tile, uint sub) {
+  return tile * TILE_POSITIONS + sub / TILE_HEADS * SUB_POSITIONS;
+}
+
+// Positions of a finer sub-query that are queries.
+uint fine_rows(uint tile, uint sub, uint fine) {
+  uint first = sub_position(tile, sub) + fine * FINE_POSITIONS;
+  return min(FINE_POSITIONS, max(query_limit, first) - first);
+}
+
+// In units of a whole finer sub-query.
+float sub_share(uint tile, uint sub) {
+  float share = 0;
+  for (uint fine = 0; fine < FINES; ++fine) {
+    share += float(fine_rows(tile, sub, fine)) / float(FINE_POSITIONS);
+  }
+  return max(share, 1e-6);
+}
+
+void weigh_sub_queries(uint tile) {
+  for (uint i = gl_LocalInvocationID.x; i < FINE_SUBS; i += THREADS) {
+    fine_part[i] = float(fine_rows(tile, i / FINES, i % FINES)) / float(FINE_POSITIONS) /
+                   sub_share(tile, i / FINES);
+  }
+  for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
+    float sum = 0;
+    for (uint i = 0; i < SUBS; ++i) sum += sub_share(tile, i);
+    sub_weight[sub] = sub_share(tile, sub) / max(sum, 1e-6);
+  }
+}
+
+// Writes those of a tile to `out_vectors`: [quad][sub-query] pairs, then the same of the finer ones.
+void make_sub_queries(uint tile, View queries, SharedVectors out_vectors) {
+  for (uint i = gl_LocalInvocationID.x; i < SUBS * QUADS; i += THREADS) {
+    uint quad = i % QUADS, sub = i / QUADS;
+    uint first = sub_position(tile, sub);
+    float whole = sub_share(tile, sub);
+    vec4 mean = vec4(0), square = vec4(0);
+    for (uint fine = 0; fine < FINES; ++fine) {
+      uint rows = fine_rows(tile, sub, fine);
+      vec4 sum = vec4(0), square_sum = vec4(0);
+      for (uint row = 0; row < rows; ++row) {
+        uint start = row_start(queries, first + fine * FINE_POSITIONS + row, sub % TILE_HEADS);
+        vec4 value = load_columns(queries.base, start, quad * 4) * call.scale;
+        sum += value;
+        square_sum = fma(value, value, square_sum);
+      }
+      sum /= float(max(rows, 1));
+      square_sum /= float(max(rows, 1));
+      float part = float(rows) / float(FINE_POSITIONS) / whole;
+      mean = fma(sum, vec4(part), mean);
+      square = fma(square_sum, vec4(part), square);
+      if (STAGES > 1) {
+        uint place = SUBS * QUADS * 2 + (quad * FINE_SUBS + sub * FINES + fine) * 2;
+        out_vectors.vector[place] = sum;
+        out_vectors.vector[place + 1] = square_sum;
+      }
+    }
+    out_vectors.vector[(quad * SUBS + sub) * 2] = mean;
+    out_vectors.vector[(quad * SUBS + sub) * 2 + 1] = square;
+  }
+}
+
+// Copies the slice of quads [first, end) of `subs` sub-queries, the first of which lies at `place`.
+void stage_sub_queries(SharedVectors vectors, uint place, uint subs, uint first, uint end) {
+  barrier();
+  for (uint i = gl_LocalInvocationID.x; i < (end - first) * subs * 2; i += THREADS) {
+    staged[i] = vectors.vector[place + first * subs * 2 + i];
+  }
+  barrier();
+}

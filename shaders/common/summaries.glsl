@@ -1,0 +1,58 @@
+// What tile_processor.comp tells cross_tile_router.comp of the keys and values of one batch entry and
+// key/value head. Places are counted in vec4 (csrc/attention/tile_planner.cc: SummaryVectors).
+#include "common/levels.glsl"
+
+const uint QUADS = (HEAD_DIM + 3) / 4;  // columns past HEAD_DIM are zero
+const uint SUPER_TILE_ROWS = SUPER_TILE_GRANULES * GRANULE_ROWS;
+const uint PARTS = 4;  // of a granule, each of PART_ROWS keys
+const uint PART_ROWS = GRANULE_ROWS / PARTS;
+
+layout(buffer_reference, std430, buffer_reference_align = 16) buffer Vectors { vec4 vector[]; };
+layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantVectors {
+  vec4 vector[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedVectors {
+  vec4 vector[];
+};
+
+uint super_tile_count() { return divide_up(PARAMS.keys, SUPER_TILE_ROWS); }
+
+// Granules with those past the end of the last super-tile.
+uint padded_granules() { return super_tile_count() * SUPER_TILE_GRANULES; }
+
+// Mean and variance of a granule's keys: neighbouring granules lie side by side.
+uint granule_place(uint granule, uint quad) {
+  return ((granule / SUPER_TILE_GRANULES * QUADS + quad) * SUPER_TILE_GRANULES +
+          granule % SUPER_TILE_GRANULES) *
+         2;
+}
+
+// Means of its parts, then their variances.
+uint part_place(uint granule, uint quad) {
+  return padded_granules() * QUADS * 2 + (granule * QUADS + quad) * (2 * PARTS);
+}
+
+// Mean of its values.
+uint value_mean_place(uint granule, uint quad) {
+  return padded_granules() * QUADS * (2 + 2 * PARTS) + granule * QUADS + quad;
+}
+
+// Mean squared distance of its values from their mean; squared distance of that from the
+// super-tile's; mean squared value.
+uint value_place(uint granule) {
+  return padded_granules() * QUADS * (3 + 2 * PARTS) + granule;
+}
+
+// Mean of a super-tile's keys.
+uint super_mean_place(uint super_tile, uint quad) {
+  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile * QUADS + quad;
+}
+
+// Sum of the squares of a super-tile's values.
+uint value_total_place(uint super_tile) {
+  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile_count() * QUADS +
+         super_tile;
+}
+
+// Keys from `first` on, of so many, that exist.
+uint rows_from(uint first, uint rows) { return min(rows, max(key_limit, first) - first); }

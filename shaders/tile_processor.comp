@@ -1,0 +1,158 @@
+#version 460
+// Summarises keys and values for the router, in one pass over them: a workgroup takes a super-tile of
+// one key/value head. A thread keeps to one quad of columns of every so many granules.
+#include "common/visibility.glsl"
+#include "common/summaries.glsl"
+
+const uint GRANULES_AT_ONCE = THREADS / QUADS;
+
+shared vec4 column_sums[THREADS];
+shared vec2 row_sums[THREADS];
+shared vec4 super_values[QUADS];
+shared vec3 granule_values[SUPER_TILE_GRANULES];
+
+struct Moments {
+  vec4 mean;
+  vec4 spread;  // sum of the squared distances from it
+};
+
+// Of up to PART_ROWS rows from `first` on.
+Moments part_moments(View view, uint first, uint quad) {
+  uint count = rows_from(first, PART_ROWS);
+  vec4 rows[PART_ROWS];
+  [[unroll]] for (uint i = 0; i < PART_ROWS; ++i) {
+    rows[i] = vec4(0);
+    if (i < count) rows[i] = load_columns(view.base, row_start(view, first + i, 0), quad * 4);
+  }
+  Moments part;
+  part.mean = ((rows[0] + rows[1]) + (rows[2] + rows[3])) / float(max(count, 1));
+  part.spread = vec4(0);
+  [[unroll]] for (uint i = 0; i < PART_ROWS; ++i) {
+    vec4 distance = i < count ? rows[i] - part.mean : vec4(0);
+    part.spread = fma(distance, distance, part.spread);
+  }
+  return part;
+}
+
+// Of a granule, and of each of its parts.
+Moments granule_moments(View view, uint granule, uint quad, out Moments parts[PARTS]) {
+  uint first = granule * GRANULE_ROWS;
+  vec4 sums[PARTS];
+  [[unroll]] for (uint i = 0; i < PARTS; ++i) {
+    parts[i] = part_moments(view, first + i * PART_ROWS, quad);
+    sums[i] = parts[i].mean * float(rows_from(first + i * PART_ROWS, PART_ROWS));
+  }
+  Moments all;
+  all.mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) /
+             float(max(rows_from(first, GRANULE_ROWS), 1));
+  all.spread = vec4(0);
+  [[unroll]] for (uint i = 0; i < PARTS; ++i) {
+    vec4 distance = parts[i].mean - all.mean;
+    float count = float(rows_from(first + i * PART_ROWS, PART_ROWS));
+    all.spread += parts[i].spread + count * distance * distance;
+  }
+  return all;
+}
+
+// Sums over the threads of a quad of columns, given to the first of them.
+vec4 sum_columns(vec4 own) {
+  barrier();
+  column_sums[gl_LocalInvocationID.x] = own;
+  barrier();
+  vec4 sum = vec4(0);
+  if (gl_LocalInvocationID.x < QUADS) {
+    for (uint i = 0; i < GRANULES_AT_ONCE; ++i) {
+      sum += column_sums[i * QUADS + gl_LocalInvocationID.x];
+    }
+  }
+  return sum;
+}
+
+// Sums over the threads of a granule, given to the first of them.
+vec2 sum_row(vec2 own, uint quad) {
+  barrier();
+  row_sums[gl_LocalInvocationID.x] = own;
+  barrier();
+  vec2 sum = vec2(0);
+  if (quad == 0) {
+    for (uint i = 0; i < QUADS; ++i) sum += row_sums[gl_LocalInvocationID.x + i];
+  }
+  return sum;
+}
+
+void main() {
+  load_call();
+  uint index = workgroup_index();
+  uint super_tile = index % super_tile_count();
+  uint head = index / super_tile_count() % PARAMS.kv_heads;
+  uint entry = index / super_tile_count() / PARAMS.kv_heads;
+  if (entry >= PARAMS.batch_count) return;
+  set_batch(entry);
+  set_visibility(0);
+  View keys = view_of(OPERAND_K, head, LOG2_BYTES), values = view_of(OPERAND_V, head, LOG2_BYTES);
+  Vectors summaries = Vectors(view_of(OPERAND_KEY_SUMMARIES, head, 2).base);
+  uint quad = gl_LocalInvocationID.x % QUADS, place = gl_LocalInvocationID.x / QUADS;
+  uint first_granule = super_tile * SUPER_TILE_GRANULES;
+
+  vec4 key_sum = vec4(0), value_sum = vec4(0);
+  for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
+    uint local = base + place, granule = first_granule + local;
+    bool own = place < GRANULES_AT_ONCE && local < SUPER_TILE_GRANULES;
+    vec2 squares = vec2(0);
+    if (own) {
+      float count = float(rows_from(granule * GRANULE_ROWS, GRANULE_ROWS));
+      float share = 1.0 / max(count, 1.0);
+      Moments parts[PARTS];
+      Moments value = granule_moments(values, granule, quad, parts);
+      squares = vec2(dot(value.spread, vec4(share)), dot(value.mean, value.mean));
+      value_sum += value.mean * count;
+      summaries.vector[value_mean_place(granule, quad)] = value.mean;
+
+      Moments key = granule_moments(keys, granule, quad, parts);
+      key_sum += key.mean * count;
+      summaries.vector[granule_place(granule, quad)] = key.mean;
+      summaries.vector[granule_place(granule, quad) + 1] = key.spread * share;
+      [[unroll]] for (uint i = 0; i < PARTS; ++i) {
+        uint rows = rows_from(granule * GRANULE_ROWS + i * PART_ROWS, PART_ROWS);
+        summaries.vector[part_place(granule, quad) + i] = parts[i].mean;
+        summaries.vector[part_place(granule, quad) + PARTS + i] =
+            parts[i].spread / float(max(rows, 1));
+      }
+    }
+    vec2 sums = sum_row(squares, quad);
+    if (own && quad == 0) granule_values[local] = vec3(sums.x, 0, sums.x + sums.y);
+  }
+
+  uint rows = rows_from(super_tile * SUPER_TILE_ROWS, SUPER_TILE_ROWS);
+  vec4 key_mean = sum_columns(key_sum) / float(max(rows, 1));
+  vec4 value_mean = sum_columns(value_sum) / float(max(rows, 1));
+  if (gl_LocalInvocationID.x < QUADS) {
+    summaries.vector[super_mean_place(super_tile, quad)] = key_mean;
+    super_values[quad] = value_mean;
+  }
+  barrier();
+  for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
+    uint local = base + place, granule = first_granule + local;
+    bool own = place < GRANULES_AT_ONCE && local < SUPER_TILE_GRANULES;
+    vec2 squares = vec2(0);
+    if (own) {
+      // Written by this thread.
+      vec4 distance = summaries.vector[value_mean_place(granule, quad)] - super_values[quad];
+      squares.x = dot(distance, distance);
+    }
+    vec2 sums = sum_row(squares, quad);
+    if (own && quad == 0) {
+      granule_values[local].y = sums.x;
+      summaries.vector[value_place(granule)] = vec4(granule_values[local], 0);
+    }
+  }
+  barrier();
+  if (gl_LocalInvocationID.x == 0) {
+    float total = 0;
+    for (uint i = 0; i < SUPER_TILE_GRANULES; ++i) {
+      uint count = rows_from((first_granule + i) * GRANULE_ROWS, GRANULE_ROWS);
+      total = fma(granule_values[i].z, float(count), total);
+    }
+    summaries.vector[value_total_place(super_tile)] = vec4(total, 0, 0, 0);
+  }
+}

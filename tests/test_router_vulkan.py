@@ -1,0 +1,164 @@
+"""Prices that the shaders of the router make, against those of jax.numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import Ran, assert_same_bits
+
+from jax_aat import Adaptation, router
+from jax_aat.plan import grid_of
+from jax_aat.primitives.plan import make_prices
+from jax_aat.problem import Operands, Options, Slot
+
+UNITS = 2
+"""How far upper halves of float32 may lie apart: sums are taken in another order."""
+SHARE = 1e-3
+"""Share of the granules that may lie further apart: candidates change places where they tie."""
+TINY = 0x1F80
+"""Upper half of 2^-64: squares of probabilities that are smaller lose digits, then are 0."""
+SCALE = 0.25
+
+
+def clustered(
+    rng, queries, keys, heads=4, kv_heads=2, head_dim=16, batch=2, dtype="float32"
+) -> Operands:
+    """Queries and keys of topics that last 24 positions, and random values."""
+    centres = 1.5 * rng.normal(size=(12, head_dim))
+
+    def rows(length, heads):
+        topics = rng.integers(0, 12, (batch, length // 24 + 1, heads))
+        noise = 0.4 * rng.normal(size=(batch, length, heads, head_dim))
+        return centres[np.repeat(topics, 24, axis=1)[:, :length]] + noise
+
+    values = rng.normal(size=(batch, keys, kv_heads, head_dim))
+    arrays = (rows(queries, heads), rows(keys, kv_heads), values)
+    return {slot: jnp.asarray(x, dtype) for slot, x in zip(Slot, arrays, strict=False)}
+
+
+def made(operands, options, adaptation):
+    with Ran("vulkan", "plan"):
+        call = jax.jit(lambda x: make_prices(x, options, adaptation))
+        return np.asarray(call(operands)).astype(np.int64)
+
+
+def expected(operands, options, adaptation):
+    grid = grid_of(operands, adaptation)
+    call = functools.partial(router.break_even, options=options, grid=grid, adaptation=adaptation)
+    return np.asarray(jax.jit(call)(operands)).astype(np.int64)
+
+
+def assert_alike(operands, options, adaptation):
+    """Compares both prices; hidden granules exactly."""
+    ours, theirs = (f(operands, options, adaptation) for f in (made, expected))
+    assert ours.shape == theirs.shape
+    np.testing.assert_array_equal(ours == 0, theirs == 0)
+    for name, shift in (("exact", 16), ("mean", 0)):
+        upper = (np.maximum(x >> shift & 0xFFFF, TINY) for x in (ours, theirs))
+        apart = np.abs(np.subtract(*upper))
+        wrong = (apart > UNITS).sum()
+        assert wrong <= 2 + SHARE * apart.size, f"{name}: {wrong} of {apart.size} differ"
+
+
+@pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_stages_and_levels(stages, levels, rng):
+    adaptation = Adaptation(budget=0.25, stages=stages, levels=levels, query_tile=32)
+    assert_alike(clustered(rng, 70, 1300), Options(SCALE), adaptation)
+
+
+@pytest.mark.parametrize("goal", [{"budget": 0.9}, {"budget": 0.03}, {"threshold": 0.01}])
+def test_goals(goal, rng):
+    assert_alike(clustered(rng, 70, 1300), Options(SCALE), Adaptation(**goal, query_tile=32))
+
+
+OPTIONS = {
+    "causal": {"causal": True},
+    "causal window": {"causal": True, "window": (300, -1)},
+    "window": {"window": (700, 50)},
+    "window without a left side": {"window": (-1, 70)},
+    "soft cap": {"soft_cap": 3.0, "causal": True},
+    "negative scale": {"scale": -SCALE},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, rng):
+    options = Options(**{"scale": SCALE} | OPTIONS[name])
+    assert_alike(clustered(rng, 1200, 1200), options, Adaptation(budget=0.25, query_tile=128))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths(causal, rng):
+    operands = clustered(rng, 1200, 1200, batch=3)
+    operands[Slot.Q_LENGTHS] = jnp.asarray([800, 1200, 0], jnp.int32)
+    operands[Slot.KV_LENGTHS] = jnp.asarray([1103, 513, 0], jnp.int32)
+    # What lies past a length may be anything.
+    for slot in (Slot.K, Slot.V):
+        operands[slot] = operands[slot].at[1, 513:].set(jnp.nan)
+    operands[Slot.Q] = operands[Slot.Q].at[0, 800:].set(jnp.nan)
+    assert_alike(operands, Options(SCALE, causal), Adaptation(budget=0.25, query_tile=64))
+
+
+def test_segments(rng):
+    operands = clustered(rng, 1200, 1200)
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, 1200)), axis=1), jnp.int32)
+    operands |= {Slot.Q_SEGMENTS: ids, Slot.KV_SEGMENTS: ids}
+    assert_alike(operands, Options(SCALE), Adaptation(budget=0.25, query_tile=64))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "query_tile", "head_dim"),
+    [
+        (2, 2, 128, 64),
+        (12, 4, 32, 30),
+        (16, 1, 16, 32),
+        (32, 1, 32, 20),
+        (16, 1, 256, 13),
+        (1, 1, 256, 256),
+        (2, 1, 16, 3),
+    ],
+)
+def test_shapes(heads, kv_heads, query_tile, head_dim, rng):
+    operands = clustered(rng, 270, 1100, heads, kv_heads, head_dim, batch=1)
+    adaptation = Adaptation(budget=0.2, query_tile=query_tile)
+    assert_alike(operands, Options(head_dim**-0.5), adaptation)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 2100), (40, 17), (33, 1024)])
+def test_lengths_of_sequences(queries, keys, rng):
+    operands = clustered(rng, queries, keys, batch=1)
+    assert_alike(operands, Options(SCALE), Adaptation(budget=0.25, query_tile=32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtypes(dtype, rng):
+    operands = clustered(rng, 300, 1300, dtype=dtype)
+    assert_alike(operands, Options(SCALE, True), Adaptation(budget=0.25, query_tile=32))
+
+
+def test_many_tiles_share_a_workgroup(rng):
+    operands = clustered(rng, 2100, 2100, 1, 1, batch=10)
+    assert_alike(operands, Options(SCALE, True), Adaptation(budget=0.25, query_tile=16))
+
+
+def test_large_logits(rng):
+    operands = clustered(rng, 200, 1300)
+    operands[Slot.Q] *= 30
+    assert_alike(operands, Options(SCALE), Adaptation(budget=0.25, query_tile=32))
+
+
+def test_equal_keys(rng):
+    """Every granule ties: of equals the first are candidates, and all are among the foremost."""
+    operands = clustered(rng, 64, 512)
+    operands = {slot: jnp.ones_like(x) for slot, x in operands.items()}
+    assert_alike(operands, Options(SCALE), Adaptation(budget=0.25, query_tile=32))
+
+
+def test_same_bits_every_time(rng):
+    operands, adaptation = clustered(rng, 500, 2100), Adaptation(budget=0.25, query_tile=32)
+    first = made(operands, Options(SCALE, True), adaptation)
+    for _ in range(3):
+        assert_same_bits(made(operands, Options(SCALE, True), adaptation), first)
