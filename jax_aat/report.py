@@ -19,6 +19,8 @@ from jax_aat.problem import Operands, Options, Slot
 from jax_aat.router import dense_flops, has_state, hidden_rows, planning_flops
 from jax_aat.state import resolution_change
 
+_ROUNDING = 1e-3
+"""What sums in float32 may be over a budget that is kept."""
 LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
 
 
@@ -26,7 +28,7 @@ LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
     jax.tree_util.register_dataclass,
     data_fields=[
         *("levels", "forced", "flops", "hidden_flops", "planning_flops", "dense_flops"),
-        "tiled_flops",
+        *("tiled_flops", "allowed_flops"),
         *("overhead", "change", "log_lambda", "audit", "bound"),
     ],
     meta_fields=[],
@@ -49,6 +51,7 @@ class Report:
       planning_flops: FLOPs a query for summaries, routing and state.
       dense_flops: FLOPs a query of exact attention over the pairs that see each other.
       tiled_flops: FLOPs a query if every granule that tiles see were exact.
+      allowed_flops: FLOPs a query that the budget allows; infinite without a budget.
       overhead: Cross-tile overhead: bytes of lists, levels, coarse rows and state over bytes of
         exact keys and values read.
       change: dR/dt: mean absolute change of log2 rows a granule since the state's last call.
@@ -65,6 +68,7 @@ class Report:
     planning_flops: jax.Array
     dense_flops: jax.Array
     tiled_flops: jax.Array
+    allowed_flops: jax.Array
     overhead: jax.Array
     change: jax.Array
     log_lambda: jax.Array
@@ -74,8 +78,20 @@ class Report:
     @property
     def relative_flops(self) -> jax.Array:
         """FLOPs spent, planning included, over those of exact attention; without hidden pairs."""
-        visible = self.flops - self.hidden_flops
-        return (visible + self.planning_flops) / jnp.maximum(self.dense_flops, 1)
+        return self._counted_flops / jnp.maximum(self.dense_flops, 1)
+
+    @property
+    def budget_spent(self) -> jax.Array:
+        """FLOPs spent by all heads, which share a budget, over those that it allows, one number.
+
+        Above 1 the budget is not kept: the cheapest levels, at which all that may be coarse is,
+        cost more, or a plan is used that was made for other operands. 0 without a budget.
+        """
+        return self._counted_flops.sum(-1) / self.allowed_flops.sum(-1)
+
+    @property
+    def _counted_flops(self) -> jax.Array:
+        return self.flops - self.hidden_flops + self.planning_flops
 
     @property
     def spent(self) -> jax.Array:
@@ -147,6 +163,18 @@ class Report:
             lines.append(
                 f"nothing is saved: {spent:.1%} of the FLOPs of reading everything exactly"
             )
+        over = float(np.asarray(self.budget_spent, np.float64).mean())
+        if over > 1 + _ROUNDING:
+            parts = (self._counted_flops, self.planning_flops, self.allowed_flops)
+            total, planning, allowed = (
+                float(mean(x).sum() / mean(self.dense_flops).sum()) for x in parts
+            )
+            lines.append(
+                f"the budget is not kept: {total:.1%} of the FLOPs of exact attention, of which "
+                f"{planning:.1%} for planning, where {allowed:.1%} are allowed. What must be exact "
+                "and the means beside it cost more: raise the budget, or make them cheaper by a "
+                "smaller query_tile or stages=1"
+            )
         return "\n".join(lines)
 
 
@@ -181,6 +209,8 @@ def make_report(
     a_head = operands[Slot.Q].shape[0] * grid.queries * grid.heads
     planned = planning_flops(operands, options, grid, plan.adaptation).sum() / a_head
     hidden = a_row * hidden_rows(operands, options, grid).sum() / grid.lists
+    dense = dense_flops(operands, options, grid).sum() / a_head
+    budget = plan.adaptation.budget
     change = jnp.zeros(grid.lists)
     if previous is not None:
         change = resolution_change(plan.levels, previous, grid.granules)
@@ -190,10 +220,11 @@ def make_report(
         "flops": a_row * (exact_rows + coarse_rows),
         "hidden_flops": jnp.broadcast_to(hidden, count.shape),
         "planning_flops": jnp.broadcast_to(planned, count.shape),
-        "dense_flops": jnp.broadcast_to(
-            dense_flops(operands, options, grid).sum() / a_head, count.shape
-        ),
+        "dense_flops": jnp.broadcast_to(dense, count.shape),
         "tiled_flops": a_row * _total(jnp.where(seen, grid.granule_sizes, 0)),
+        "allowed_flops": jnp.broadcast_to(
+            jnp.inf if budget is None else budget * dense, count.shape
+        ),
         "overhead": _overhead(operands, options, plan, exact_rows, coarse_rows),
         "change": change,
         "log_lambda": plan.log_lambda.mean(0),

@@ -77,7 +77,8 @@ class Dispatch:
       kernels: Shaders in the order of their dispatches.
       kernel_flops: Floating-point operations of each kernel's matrix products, two for a
         multiplication and addition, over the pairs of query and key that causality and window
-        leave; what lengths, segments and masks hide is counted. 0 for kernels without products.
+        leave; what lengths, segments and masks hide is counted. 0 for kernels without products, NaN
+        for those of adaptive calls, whose pairs the device chooses: ask for a report.
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
       kernel_milliseconds: Time of each kernel by the device's timestamps; None unless `set_timing`

@@ -63,6 +63,31 @@ def test_levels_and_flops_are_those_of_the_lists(reported):
     np.testing.assert_allclose(report.relative_flops.mean(), ADAPTATION.budget, 0.1)
 
 
+def test_a_budget_that_is_kept(reported):
+    _, report, _, _ = reported
+    assert 0.9 < report.budget_spent <= 1 + 1e-5
+    np.testing.assert_allclose(report.allowed_flops, ADAPTATION.budget * report.dense_flops, 1e-6)
+    np.testing.assert_allclose(report.budget_spent, 2 * report.relative_flops.mean(), 1e-5)
+    assert "budget" not in str(report)
+    unlimited = dataclasses.replace(report, allowed_flops=jnp.full(N, jnp.inf))
+    assert unlimited.budget_spent == 0
+    assert "budget" not in str(unlimited)
+
+
+def test_says_when_a_budget_is_too_small_to_keep(rng):
+    """Only what must be exact is exact then, and that costs more than allowed."""
+    adaptation = jax_aat.Adaptation(budget=0.05, query_tile=32, audit_rate=0.0)
+    call = jax.jit(functools.partial(attend, adaptation=adaptation, return_report=True))
+    _, report = call(*inputs(rng))
+    np.testing.assert_allclose(report.levels[:, EXACT], report.forced, 1e-6)
+    spent = float(report.relative_flops.mean())
+    assert spent > 0.06
+    np.testing.assert_allclose(report.budget_spent, spent / 0.05, 1e-5)
+    said = str(report).splitlines()[-1]
+    assert f"the budget is not kept: {spent:.1%} of the FLOPs of exact attention" in said
+    assert "5.0% are allowed" in said
+
+
 def test_audit_of_every_row_is_the_true_error(reported):
     out, report, _, exact = reported
     error = ((np.asarray(out) - exact) ** 2).sum((0, 1, 3))

@@ -33,7 +33,7 @@ struct Dispatch {
   std::uint32_t required_subgroup_size = 0;   // 0: the device's own
   std::array<std::uint32_t, 3> groups = {1, 1, 1};
   bool barrier_before = false;  // reads what an earlier dispatch of the plan wrote
-  // Of its matrix products, over what causality and window leave; 0 where a plan decides.
+  // Of its matrix products, over what causality and window leave; NaN where a plan decides.
   double flops = 0;
 };
 

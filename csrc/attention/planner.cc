@@ -1,6 +1,7 @@
 // PlanAttention: from a problem and a device to dispatches, a parameter block and scratch.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <stdexcept>
 
 #include "attention/checks.h"
@@ -56,7 +57,7 @@ class Planner {
       : problem_(problem), traits_(traits), builder_(problem, traits), params_(builder_.params()) {}
 
   DispatchPlan Plan() {
-    pairs_ = Has(FEATURE_PLAN) ? 0 : CountPairs(problem_);  // the device knows those of a plan
+    if (!Has(FEATURE_PLAN)) pairs_ = CountPairs(problem_);
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
@@ -118,7 +119,7 @@ class Planner {
     }
     if (wants_coarse_rows) {
       std::uint32_t& features = AddKernel(dkv_shape, kScoreFeatures | cotangents,
-                                          KeyTiles(dkv_shape, params_.coarse_rows), 0)
+                                          KeyTiles(dkv_shape, params_.coarse_rows), pairs_)
                                     .specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;
       if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
@@ -283,7 +284,7 @@ class Planner {
   PlanBuilder builder_;
   AttentionParams& params_;
   const KernelFamily* family_ = nullptr;  // the most preferred of those that serve the plan
-  double pairs_ = 0;
+  double pairs_ = std::numeric_limits<double>::quiet_NaN();  // the device knows those of a plan
   // Whether lists differ along each batch axis and among heads, and number of those of one head.
   std::array<bool, MAX_BATCH_AXES> batches_differ_ = {};
   bool heads_differ_ = false;
