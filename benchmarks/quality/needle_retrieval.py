@@ -28,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    names = ["exact", "jax_aat", "ours", "block top-k", "window + sinks"]
+    names = ["exact", "jax_aat", "emulation", "block top-k", "window + sinks"]
     parser.add_argument("--weights", type=Path, default=Path("build/quality"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--length", type=int, default=32768)

@@ -164,13 +164,13 @@ def contender(name: str, routing: Routing) -> Contender:
     return Contender(name, _fraction, selecting(partial(by_budget, routing=routing)))
 
 
-OURS = contender("ours", Routing())
+OURS = contender("emulation", Routing())
 SHARED_LAMBDA = Contender(
-    "ours, shared lambda",
+    "emulation, shared lambda",
     lambda sizes, fraction: (np.float32(fraction), np.float32(0)),
     selecting(by_threshold),
 )
 VARIANTS = [
-    contender("ours, levels 0 and 1", Routing(highest=MEAN)),
-    contender("ours, one stage", Routing(refine=0.0)),
+    contender("emulation, levels 0 and 1", Routing(highest=MEAN)),
+    contender("emulation, one stage", Routing(refine=0.0)),
 ]

@@ -108,9 +108,7 @@ def pivot(table: Rows, cell: Any) -> str:
             (row["name"], row["fraction"]): cell(row) for row in table if row["length"] == length
         }
         fractions = sorted({fraction for _, fraction in cells}, reverse=True)
-        names = sorted(
-            {name for name, _ in cells}, key=lambda name: (not name.startswith("ours"), name)
-        )
+        names = sorted({name for name, _ in cells}, key=lambda name: (name != "jax_aat", name))
         lines = [[name, *(cells.get((name, x), "") for x in fractions)] for name in names]
         headers = [f"S = {length}", *(f"{x:.4g}" for x in fractions)]
         texts.append(tabulate(lines, headers, tablefmt="github", disable_numparse=True))
@@ -135,7 +133,7 @@ def draw_changes(table: Rows, path: Path) -> None:
             found.sort(key=lambda row: row["spent"])
             x, y = ([row[key] for row in found] for key in ("spent", "change"))
             bounds = np.array([row["interval"] for row in found]).T
-            style = "o-" if name.startswith("ours") else "s--"
+            style = "o-" if name == "jax_aat" else "s--"
             line = axes.plot(x, y, style, label=name, markersize=4)[0]
             axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
         axes.set_xscale("log", base=2)
@@ -159,7 +157,7 @@ def draw_layers(table: Rows, path: Path) -> None:
     axes = figure.subplots()
     for row in table:
         if (row["length"], row["fraction"]) == case:
-            style = "o-" if row["name"].startswith("ours") else "s--"
+            style = "o-" if row["name"] == "jax_aat" else "s--"
             axes.plot(row["error_by_layer"], style, label=row["name"], markersize=4)
     axes.set(xlabel="layer", ylabel="relative error of o", ylim=(0, None))
     axes.set_title(f"{case[0]} bytes, {case[1]:.4g} of the operations")
@@ -172,12 +170,12 @@ def ratios(table: Rows) -> str:
     changes = {(row["length"], row["fraction"], row["name"]): row["change"] for row in table}
     lines = []
     for (length, fraction, name), change in sorted(changes.items()):
-        ours = changes.get((length, fraction, "ours"))
+        ours = changes.get((length, fraction, "jax_aat"))
         if name in ("block top-k", "MRA") and ours is not None and change > 0:
             fits = "yes" if ours <= _AIM * change else "no"
             lines.append([length, fraction, name, f"{ours / change:.3f}", fits])
     return tabulate(
-        lines, ["S", "fraction", "of", "ours / its change", "at most a third"], "github"
+        lines, ["S", "fraction", "of", "jax_aat / its change", "at most a third"], "github"
     )
 
 

@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=2.0, help="of the first attention's steps")
     parser.add_argument("--most-steps", type=int, default=10**9)
     parser.add_argument("--fraction", type=float, default=0.125)
-    parser.add_argument("--attentions", nargs="+", default=["ours", "exact"], choices=CONTENDERS)
+    parser.add_argument("--attentions", nargs="+", default=["jax_aat", "exact"], choices=CONTENDERS)
     parser.add_argument("--seed", type=int, default=0)
     add_shape(parser)
     parser.set_defaults(layers=4, width=384, hidden=768)
