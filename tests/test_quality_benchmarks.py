@@ -132,12 +132,12 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
         }  # fmt: skip
     found = tmp_path / "evaluation.json"
     call("evaluate.py", f"--weights={tmp_path}", "--lengths=512", "--fractions=0.5", "--texts=2",
-         "--fidelity-texts=1", "--contenders", "exact", "emulation", f"--output={found}")  # fmt: skip
+         "--fidelity-texts=1", "--contenders", "exact", "jax_aat", f"--output={found}")  # fmt: skip
     rows = json.loads(found.read_text())["rows"]
     assert [(row["name"], row["fidelity"]) for row in rows] == [
-        ("exact", False), ("emulation", False), ("emulation", True),
+        ("exact", False), ("jax_aat", False), ("jax_aat", True),
     ]  # fmt: skip
     assert all(len(row["spent_by_layer"]) == 2 for row in rows)
     call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
-    assert "| ours" in (tmp_path / "quality.md").read_text()
+    assert "| jax_aat" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
