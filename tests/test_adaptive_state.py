@@ -7,8 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from comparison import assert_same_bits, normal
 
+from jax_aat import Adaptation, tiled_attention
 from jax_aat.audit import Audit
 from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, settled
 from jax_aat.state import REST, ResolutionState, resolution_change
@@ -110,3 +113,30 @@ def test_resolution_change_counts_what_both_see():
     new = jnp.array([[[[EXACT, EXACT, MEAN, EXACT]], [[EXACT, EXACT, EXACT, HIDDEN]]]])
     change = resolution_change(pack_levels(new), pack_levels(old), 4)
     np.testing.assert_allclose(change, [(4 + 6) / 3, 0])
+
+
+def test_a_state_and_its_plan_go_through_a_checkpoint(rng, tmp_path):
+    """What Orbax restores is the same bits, and the next call uses the plan that was saved."""
+    q, k, v = (normal(rng, 1, 96, heads, 8) for heads in (2, 1, 1))
+    adaptation = Adaptation(tolerance=0.1, query_tile=16, replan_every=2, audit_rate=1 / 16)
+    new = functools.partial(ResolutionState.init, q, k, adaptation, is_causal=True)
+
+    @jax.jit
+    def call(q, state):
+        return tiled_attention(
+            q, k, v, is_causal=True, adaptation=adaptation, state=state, implementation="xla"
+        )
+
+    _, state = call(q, new(seed=3))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved", new())
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same_bits(restored, state)
+    restored.plan.validate()
+    out, following = call(2 * q[:, ::-1], restored)
+    expected, expected_following = call(2 * q[:, ::-1], state)
+    assert_same_bits((out, following), (expected, expected_following))
+    assert_same_bits(following.plan.levels, state.plan.levels)
+    assert following.step == 2
