@@ -40,7 +40,7 @@ def attend(
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
     if plan is None:
-        plan = TilePlan.choose(operands, options, adaptation)
+        plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
     else:
         plan = plan.for_call(operands, options)
     plan = jax.tree.map(jax.lax.stop_gradient, plan)
@@ -83,7 +83,7 @@ def attend_observed(
       out [B, T, N, H], logsumexp [B, T, N], the next state if there is one, the report if wanted.
     """
     if plan is None and state is not None:
-        plan = _planned(operands, options, adaptation, state)
+        plan = _planned(operands, options, adaptation, implementation, state)
     out, lse, plan = attend(operands, options, adaptation, implementation, plan)
     if state is None and not reports:
         return out, lse, None, None
@@ -108,12 +108,17 @@ def attend_observed(
 
 
 def _planned(
-    operands: Operands, options: Options, adaptation: Adaptation, state: ResolutionState
+    operands: Operands,
+    options: Options,
+    adaptation: Adaptation,
+    implementation: str,
+    state: ResolutionState,
 ) -> TilePlan:
     """The plan of a call by its state: a new one every `replan_every` calls."""
 
     def chosen() -> TilePlan:
-        return TilePlan.choose(operands, options, adaptation, state.log_price, state.levels)
+        past = (state.log_price, state.levels)
+        return TilePlan.choose(operands, options, adaptation, *past, implementation)
 
     if state.plan is None:
         return chosen()

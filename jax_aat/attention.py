@@ -207,6 +207,7 @@ def plan_tiles(
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
+    implementation: Implementation | None = None,
     state: ResolutionState | None = None,
 ) -> TilePlan:
     """Chooses at which level each tile of queries sees each granule of keys.
@@ -220,7 +221,9 @@ def plan_tiles(
     Raises:
       TypeError: An argument has a type or dtype that is not allowed.
       ValueError: A shape does not fit, a value is out of range or an axis has size 0.
+      RuntimeError: implementation='vulkan' where Vulkan cannot serve the call; says why.
     """
+    arguments.check_implementation(implementation)
     checked = arguments.check(
         query,
         key,
@@ -243,8 +246,16 @@ def plan_tiles(
         )
     _adaptation(adaptation, None, state)
     _check_observation(checked.operands, adaptation, state, False)
-    past = () if state is None else (state.log_price, state.levels)
-    return TilePlan.choose(checked.operands, checked.options, adaptation, *past)
+    q = checked.operands[Slot.Q]
+    chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
+    past = (None, None) if state is None else (state.log_price, state.levels)
+
+    def choose(values: tuple[Operands, Any, Any]) -> TilePlan:
+        operands, price, previous = values
+        return TilePlan.choose(operands, checked.options, adaptation, price, previous, chosen)
+
+    plan: TilePlan = in_auto_mesh(choose, (checked.operands, *past), jax.sharding.PartitionSpec())
+    return plan
 
 
 def _adaptation(

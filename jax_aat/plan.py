@@ -12,8 +12,9 @@ from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
 from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
 from jax_aat.lists import Capacity, pack
+from jax_aat.primitives.plan import make_plan, serves, serves_prices
 from jax_aat.problem import Operands, Options, Slot, extents
-from jax_aat.router import route
+from jax_aat.router import break_even, goal_of, route
 
 _LISTS = {
     Slot.LIST_HEADERS: "list_headers",
@@ -68,9 +69,33 @@ class TilePlan:
         adaptation: Adaptation,
         log_lambda: jax.Array | None = None,
         previous: jax.Array | None = None,
+        implementation: str = "xla",
     ) -> "TilePlan":
-        """Plans a call; arguments as those of `jax_aat.router.route`."""
+        """Plans a call.
+
+        Args:
+          operands: As those of `jax_aat.router.route`.
+          options: Likewise.
+          adaptation: Likewise.
+          log_lambda: Likewise.
+          previous: Likewise.
+          implementation: 'vulkan': by shaders, where they serve the call; 'xla': in jax.numpy.
+        """
         grid = grid_of(operands, adaptation)
+        if implementation == "vulkan" and serves(operands, adaptation):
+            goal = goal_of(operands, options, grid, adaptation, log_lambda, previous)
+            if not serves_prices(operands, grid, adaptation):
+                goal[Slot.PRICES] = break_even(operands, options, grid, adaptation)
+            made = make_plan(operands | goal, options, adaptation)
+            return cls(
+                levels=made[Slot.LEVELS],
+                log_lambda=jnp.log(made[Slot.LAMBDA]),
+                grid=grid,
+                adaptation=adaptation,
+                causal=options.causal,
+                window=options.window,
+                **{name: made[slot] for slot, name in _LISTS.items()},
+            )
         levels, log_lambda = route(operands, options, grid, adaptation, log_lambda, previous)
         return cls.of_levels(levels, log_lambda, operands, options, adaptation)
 

@@ -66,7 +66,7 @@ class TilePlanner {
     return std::uint64_t{Lists()} * params_.plan_tiles * params_.batch_count;
   }
   std::uint32_t Threads() const {
-    return std::min(kWantedThreads, builder_.traits().max_workgroup_invocations);
+    return std::bit_floor(std::min(kWantedThreads, builder_.traits().max_workgroup_invocations));
   }
 
   Dispatch& Add(const char* shader, std::uint32_t features, std::uint64_t workgroups) {
@@ -106,8 +106,7 @@ class TilePlanner {
     params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
     builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4);
 
-    KernelShape shape = {"tile_processor", std::bit_floor(Threads()), PlanTileRows(params_),
-                         kGranuleRows};
+    KernelShape shape = {"tile_processor", Threads(), PlanTileRows(params_), kGranuleRows};
     builder_.Add(builder_.ModuleName(shape), shape, kVisibilityFeatures,
                  SuperTiles() * params_.kv_heads * params_.batch_count);
     shape.shader = "cross_tile_router";

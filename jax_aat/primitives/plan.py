@@ -12,6 +12,7 @@ from jax.interpreters import ad
 from jax_aat import router
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
+from jax_aat.hierarchy import judged_super_tiles
 from jax_aat.levels import Grid
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
@@ -31,6 +32,18 @@ def make_prices(operands: Operands, options: Options, adaptation: Adaptation) ->
     """The prices of all granules, by shaders: what `jax_aat.router.break_even` gives."""
     prices: jax.Array = _bind(operands, options, adaptation, (Slot.PRICES,))[0]
     return prices
+
+
+def serves(operands: Operands, adaptation: Adaptation) -> bool:
+    """Whether shaders plan such calls, where a Vulkan device computes them."""
+    given = Slot.MASK in operands or Slot.BIAS in operands
+    return not given and not router.is_exact(adaptation)
+
+
+def serves_prices(operands: Operands, grid: Grid, adaptation: Adaptation) -> bool:
+    """Whether shaders make the prices too: not where tiles look into super-tiles first."""
+    judged = judged_super_tiles(operands, grid, router.candidate_share(adaptation))
+    return judged == grid.super_tiles
 
 
 def make_plan(operands: Operands, options: Options, adaptation: Adaptation) -> Operands:

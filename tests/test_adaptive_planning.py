@@ -1,0 +1,189 @@
+"""Plans that shaders make from queries, keys and values, against those of jax.numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import Ran, assert_close, assert_same_bits, normal
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_aat import (
+    Adaptation,
+    ResolutionState,
+    hierarchy,
+    last_dispatch,
+    plan_tiles,
+    tiled_attention,
+)
+from jax_aat.levels import HIDDEN, unpack_levels
+
+
+def inputs(rng, length, heads=4, kv_heads=2, batch=1, dtype="float32", clusters=0):
+    """Queries, keys and values; with clusters both gather around a few directions."""
+    q = normal(rng, batch, length, heads, 16)
+    k, v = (normal(rng, batch, length, kv_heads, 16) for _ in range(2))
+    if clusters:
+        centres = 2 * normal(rng, clusters, 16)
+        topics = jnp.asarray(rng.integers(0, clusters, length // 32 + 1))
+        k += jnp.repeat(centres[topics], 32, 0)[None, :length, None]
+        q += jnp.repeat(centres[topics[::-1]], 32, 0)[None, :length, None]
+    return tuple(x.astype(dtype) for x in (q, k, v))
+
+
+def agreement(first, second) -> float:
+    """Share of the granules that tiles see that are at the same level in two plans."""
+    grid = first.grid
+    first, second = (np.asarray(unpack_levels(x.levels, grid.granules)) for x in (first, second))
+    seen = (first != HIDDEN) | (second != HIDDEN)
+    return (first == second)[seen].mean()
+
+
+LENGTHS = {"query_seq_lengths": jnp.array([700, 300]), "key_value_seq_lengths": jnp.array([900, 1])}
+
+
+@pytest.mark.parametrize(
+    ("shape", "adaptation", "options"),
+    [
+        ({}, Adaptation(threshold=1e-4), {}),
+        ({"clusters": 6}, Adaptation(threshold=1e-4), {"is_causal": True}),
+        ({"clusters": 6}, Adaptation(budget=0.3), {"is_causal": True}),
+        ({"clusters": 6}, Adaptation(budget=0.3, stages=1), {}),
+        ({}, Adaptation(threshold=1e-5, levels=(0,)), {"is_causal": True}),
+        ({}, Adaptation(budget=0.4, levels=(0, 1)), {"local_window_size": (500, 0)}),
+        ({"batch": 2}, Adaptation(threshold=1e-4), LENGTHS),
+        ({"clusters": 6}, Adaptation(threshold=1e-4), {"logits_soft_cap": 5.0}),
+        ({"kv_heads": 4}, Adaptation(threshold=1e-4, query_tile=64), {"is_causal": True}),
+        ({"heads": 6, "kv_heads": 1, "dtype": "bfloat16"}, Adaptation(threshold=1e-4), {}),
+        ({"dtype": "float16"}, Adaptation(threshold=1e-4, query_tile=16), {"is_causal": True}),
+    ],
+    ids=str,
+)
+def test_levels_are_those_of_xla(rng, shape, adaptation, options):
+    q, k, v = inputs(rng, 1100, **shape)
+    with Ran("xla"):
+        expected = plan_tiles(q, k, v, adaptation, implementation="xla", **options)
+    with Ran("vulkan", "plan"):
+        plan = jax.block_until_ready(
+            plan_tiles(q, k, v, adaptation, implementation="vulkan", **options)
+        )
+    assert any(name.startswith("cross_tile_router") for name in last_dispatch().kernels)
+    # The price that a budget finds may be the one above or below.
+    assert agreement(plan, expected) > (0.999 if adaptation.budget is None else 0.995)
+    np.testing.assert_allclose(plan.log_lambda, expected.log_lambda, atol=0.01)
+    if "key_value_seq_lengths" not in options:
+        plan.validate()
+
+
+def test_segments(rng):
+    q, k, v = inputs(rng, 1100, batch=2)
+    ids = jnp.asarray(np.sort(rng.integers(0, 4, (2, 1100))))
+    plans = [
+        plan_tiles(
+            *(q, k, v, Adaptation(threshold=1e-4)),
+            is_causal=True,
+            query_segment_ids=ids,
+            key_value_segment_ids=ids,
+            implementation=implementation,
+        )
+        for implementation in ("vulkan", "xla")
+    ]
+    assert agreement(*plans) > 0.999
+
+
+def test_attention_takes_the_plan_of_the_shaders(rng):
+    """Results and gradients are those of the same plan given."""
+    q, k, v = inputs(rng, 1100, clusters=6)
+    adaptation = Adaptation(threshold=1e-4)
+    attend = functools.partial(tiled_attention, is_causal=True, implementation="vulkan")
+    plan = plan_tiles(q, k, v, adaptation, is_causal=True, implementation="vulkan")
+
+    @functools.partial(jax.jit, static_argnames="name")
+    def passes(q, k, v, name, value):
+        out, pull = jax.vjp(lambda *x: attend(*x, adaptation=adaptation, plan=value), q, k, v)
+        return out, pull(jnp.ones_like(out))
+
+    with Ran("vulkan", "forward", "backward", "plan"):
+        planned = jax.block_until_ready(passes(q, k, v, "planned", None))
+    assert_same_bits(planned, passes(q, k, v, "given", plan))
+
+
+def test_masks_and_biases_are_planned_by_xla(rng):
+    q, k, v = inputs(rng, 300)
+    mask = jnp.ones((1, 1, 300, 300), bool)
+    with Ran("xla"):
+        plan_tiles(q, k, v, Adaptation(threshold=1e-4), mask=mask, implementation="vulkan")
+        plan_tiles(q, k, v, Adaptation(budget=1.0), implementation="vulkan")
+
+
+def test_long_sequences_are_priced_by_xla(rng, monkeypatch):
+    monkeypatch.setattr(hierarchy, "JUDGED", 1)
+    q, k, v = inputs(rng, 2100)
+    adaptation = Adaptation(threshold=1e-4)
+    expected = plan_tiles(q, k, v, adaptation, implementation="xla")
+    with Ran("vulkan", "plan"):
+        plan = jax.block_until_ready(plan_tiles(q, k, v, adaptation, implementation="vulkan"))
+    assert not any(name.startswith("cross_tile_router") for name in last_dispatch().kernels)
+    assert_same_bits(plan, expected)
+
+
+def test_vmap_equals_a_loop(rng):
+    stacked = [jnp.stack(x) for x in zip(*(inputs(rng, 300) for _ in range(3)), strict=True)]
+    options = {"adaptation": Adaptation(budget=0.5), "implementation": "vulkan"}
+    plan = functools.partial(plan_tiles, **options)
+    attend = functools.partial(tiled_attention, **options)
+    plans, outs = zip(
+        *((plan(*values), attend(*values)) for values in zip(*stacked, strict=True)), strict=True
+    )
+    assert_same_bits(jax.vmap(plan)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *plans))
+    assert_close(jax.vmap(attend)(*stacked), jnp.stack(outs), 1e-6)
+
+
+def test_a_state_plans_and_keeps_plans(rng):
+    """With hysteresis, and under the `lax.cond` that keeps a plan for several calls."""
+    q, k, v = inputs(rng, 700, clusters=6)
+    adaptation = Adaptation(threshold=1e-4, replan_every=2)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def steps(q, k, v, implementation):
+        def step(state, scale):
+            out, state = tiled_attention(
+                *(scale * q, k, v),
+                adaptation=adaptation,
+                state=state,
+                implementation=implementation,
+            )
+            return state, (out, state.levels)
+
+        state = ResolutionState.init(q, k, adaptation)
+        return jax.lax.scan(step, state, jnp.array([1, 2, 4, 1]))[1]
+
+    with Ran("vulkan", "plan", "forward"):
+        out, levels = jax.block_until_ready(steps(q, k, v, "vulkan"))
+    expected, expected_levels = steps(q, k, v, "xla")
+    assert (np.asarray(levels) == expected_levels).mean() > 0.99
+    assert_same_bits(levels[0], levels[1])
+    assert (levels[1] != levels[2]).any()
+    assert_close(out, expected, 0.02)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_equals_whole(rng, axis_type):
+    devices = jax.devices("cpu")[:4]
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (axis_type,) * 2, devices=devices)
+    with jax.default_device(devices[0]):
+        arrays = inputs(rng, 300, batch=2)
+        attend = functools.partial(
+            tiled_attention,
+            is_causal=True,
+            adaptation=Adaptation(budget=0.4),
+            implementation="vulkan",
+        )
+        expected = attend(*arrays)
+        sharding = NamedSharding(mesh, P("data", None, "model"))
+        with Ran("vulkan", "plan", "forward"):
+            split = [jax.device_put(x, sharding) for x in arrays]
+            actual = jax.block_until_ready(jax.jit(attend)(*split))
+        assert_close(actual, expected, 1e-6)
