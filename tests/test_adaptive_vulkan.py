@@ -321,24 +321,23 @@ def test_equals_xla_for_a_plan_of_the_router(rng, dtype, levels):
     adaptation = Adaptation(threshold=1e-4, levels=levels, query_tile=64)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1100, heads, 16)), dtype) for heads in (2, 1, 1))
     bias = jnp.repeat(normal(rng, 1, 1, 1, 69, dtype=dtype), 16, axis=-1)[..., :1100]
-    plan = plan_tiles(q, k, v, adaptation, bias, is_causal=True)
+    choose = jax.jit(functools.partial(plan_tiles, adaptation=adaptation, is_causal=True))
+    plan = choose(q, k, v, bias=bias)
+    cotangent = normal(rng, *q.shape, dtype=dtype)
 
-    def attend(implementation, *values):
-        return tiled_attention(
-            *values,
-            is_causal=True,
-            adaptation=adaptation,
-            plan=plan,
-            implementation=implementation,
-        )
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(implementation, plan, cotangent, *values):
+        def attend(q, k, v, bias):
+            options = dict(is_causal=True, plan=plan, implementation=implementation)
+            return tiled_attention(q, k, v, bias, **options)
 
-    expected, pull = jax.vjp(functools.partial(attend, "xla"), q, k, v, bias)
-    cotangent = normal(rng, *expected.shape, dtype=dtype)
-    expected_gradients = pull(cotangent)
-    with Ran("vulkan", "forward"):
-        actual, pull = jax.vjp(functools.partial(attend, "vulkan"), q, k, v, bias)
-    with Ran("vulkan", "backward"):
-        gradients = pull(cotangent)
+        out, pull = jax.vjp(attend, *values)
+        return out, pull(cotangent)
+
+    expected, expected_gradients = results("xla", plan, cotangent, q, k, v, bias)
+    with Ran("vulkan", "forward", "backward"):
+        actual, gradients = results("vulkan", plan, cotangent, q, k, v, bias)
+        jax.block_until_ready(gradients)
     assert_close(actual, expected, TOLERANCE[dtype][0])
     assert_close(gradients, expected_gradients, TOLERANCE[dtype][1])
 
@@ -348,18 +347,17 @@ def test_transformations(rng):
     adaptation = Adaptation(threshold=1e-4, query_tile=16)
     q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 90, 1, 8)), jnp.float32) for _ in range(3))
 
-    def curvature(implementation):
-        def loss(q, k, v):
-            plan = plan_tiles(q, k, v, adaptation=adaptation)
-            out = tiled_attention(
-                q, k, v, adaptation=adaptation, plan=plan, implementation=implementation
-            )
-            return jnp.square(out).sum()
+    plans = jax.jit(jax.vmap(functools.partial(plan_tiles, adaptation=adaptation)))(q, k, v)
 
-        def one(*values):
+    def curvature(implementation):
+        def one(plan, *values):
+            def loss(q, k, v):
+                out = tiled_attention(q, k, v, plan=plan, implementation=implementation)
+                return jnp.square(out).sum()
+
             return jax.jvp(jax.grad(loss, (0, 1, 2)), values, values[::-1])
 
-        return jax.jit(jax.vmap(one))(q, k, v)
+        return jax.jit(jax.vmap(one))(plans, q, k, v)
 
     with Ran("vulkan", "forward", "tangent", "backward"):
         actual = jax.block_until_ready(curvature("vulkan"))
