@@ -6,12 +6,14 @@ passes another; both are kept as the upper half of their float32, so that the se
 that spends a budget is exact and gives the same bits everywhere.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
@@ -105,7 +107,7 @@ def goal_of(
       With a budget SPARE_ROWS, else LAMBDA and, where there are some, PREVIOUS_LEVELS.
     """
     if adaptation.budget is not None:
-        return {Slot.SPARE_ROWS: _spare_rows(operands, options, grid, adaptation)}
+        return {Slot.SPARE_ROWS: _spare_rows_of_call(operands, options, grid, adaptation)}
     if adaptation.threshold is not None:
         price = jnp.float32(adaptation.threshold)
     elif log_lambda is None:
@@ -271,6 +273,29 @@ def _upper_half(x: jax.Array) -> jax.Array:
     """The upper half of float32 numbers, of which those below 0 count as 0: uint32, ordered."""
     bits = lax.bitcast_convert_type(jnp.maximum(x, 0).astype(jnp.float32), jnp.uint32)
     return jnp.right_shift(bits, 16)
+
+
+def _spare_rows_of_call(
+    operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
+) -> jax.Array:
+    """`_spare_rows`, while the call is traced where shapes alone decide."""
+    if operands.keys() > {Slot.Q, Slot.K, Slot.V}:
+        return _spare_rows(operands, options, grid, adaptation)
+    head_dim = operands[Slot.Q].shape[-1]
+    spare = _spare_rows_by_shape(head_dim, operands[Slot.Q].dtype, options, grid, adaptation)
+    return jnp.full(operands[Slot.Q].shape[:1], spare, jnp.float32)
+
+
+@functools.cache
+def _spare_rows_by_shape(
+    head_dim: int, dtype: Any, options: Options, grid: Grid, adaptation: Adaptation
+) -> float:
+    queries = jax.ShapeDtypeStruct((1, grid.queries, grid.heads, head_dim), dtype)
+    keys = jax.ShapeDtypeStruct((1, grid.keys, grid.kv_heads, head_dim), dtype)
+    shapes: Any = {Slot.Q: queries, Slot.K: keys, Slot.V: keys}
+    # Whatever mesh the caller has set, this belongs to none.
+    with jax.ensure_compile_time_eval(), use_abstract_mesh(AbstractMesh((), ())):
+        return float(jax.jit(lambda: _spare_rows(shapes, options, grid, adaptation))()[0])
 
 
 def _spare_rows(

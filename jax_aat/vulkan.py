@@ -70,7 +70,7 @@ class Dispatch:
 
     Attributes:
       sequence: Counts the calls of the process, from 1.
-      direction: 'forward', 'tangent' or 'backward'.
+      direction: 'forward', 'tangent', 'backward' or 'plan'.
       path: Family of kernels: 'portable' or 'coopmat' (cooperative matrices).
       platform: Platform of JAX that called: 'cpu' or 'cuda'.
       device: Name of the Vulkan device.
