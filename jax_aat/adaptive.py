@@ -10,8 +10,9 @@ from jax import lax
 
 from jax_aat.adaptation import Adaptation
 from jax_aat.audit import Audit, audit, choose_rows
-from jax_aat.plan import TilePlan
+from jax_aat.plan import TilePlan, grid_of
 from jax_aat.primitives import forward
+from jax_aat.primitives.plan import plan_and_attend, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pyramid import coarse_rows, correction
 from jax_aat.report import Report, make_report
@@ -39,21 +40,39 @@ def attend(
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
-    if plan is None:
-        plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
-    else:
-        plan = plan.for_call(operands, options)
-    plan = jax.tree.map(jax.lax.stop_gradient, plan)
     coarse_k, coarse_v = coarse_rows(operands)
-    values = operands | {Slot.COARSE_K: coarse_k, Slot.COARSE_V: coarse_v} | plan.operands()
-    options = dataclasses.replace(options, query_tile=adaptation.query_tile)
-    if not has_state(operands, options, adaptation):
-        out, lse, _ = forward(values, options, implementation)
-        return out, lse, plan
-    state = correction(operands, options)
-    values[Slot.LEVEL_BIAS] = state.level_bias
-    out, lse, shares = forward(values, options, implementation)
-    return state.applied(out, shares), lse, plan
+    values = operands | {Slot.COARSE_K: coarse_k, Slot.COARSE_V: coarse_v}
+    state = None
+    if has_state(operands, options, adaptation):
+        state = correction(operands, options)
+        values[Slot.LEVEL_BIAS] = state.level_bias
+    if (
+        plan is None
+        and implementation == "vulkan"
+        and plans_in_one_submission(operands, adaptation)
+    ):
+        grid = grid_of(operands, adaptation)
+        values |= shader_goal(operands, options, grid, adaptation)
+        made = plan_and_attend(values, options, adaptation)
+        out, lse, shares = (made[slot] for slot in (Slot.OUT, Slot.LSE, Slot.SHARES))
+        plan = TilePlan.of_results(made, grid, options, adaptation)
+    else:
+        if plan is None:
+            plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
+        else:
+            plan = plan.for_call(operands, options)
+        plan = jax.tree.map(jax.lax.stop_gradient, plan)
+        options = dataclasses.replace(options, query_tile=adaptation.query_tile)
+        out, lse, shares = forward(values | plan.operands(), options, implementation)
+    return (out if state is None else state.applied(out, shares)), lse, plan
+
+
+def plans_in_one_submission(operands: Operands, adaptation: Adaptation) -> bool:
+    """Whether shaders plan a call and attend by one submission, which spares a round trip.
+
+    Over several devices a plan is made apart: it needs all heads, which attention may split.
+    """
+    return jax.device_count() == 1 and serves(operands, adaptation)
 
 
 def attend_observed(

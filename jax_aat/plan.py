@@ -12,9 +12,9 @@ from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
 from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
 from jax_aat.lists import Capacity, pack
-from jax_aat.primitives.plan import make_plan, serves, serves_prices
+from jax_aat.primitives.plan import make_plan, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot, extents
-from jax_aat.router import break_even, goal_of, route
+from jax_aat.router import route
 
 _LISTS = {
     Slot.LIST_HEADERS: "list_headers",
@@ -83,21 +83,26 @@ class TilePlan:
         """
         grid = grid_of(operands, adaptation)
         if implementation == "vulkan" and serves(operands, adaptation):
-            goal = goal_of(operands, options, grid, adaptation, log_lambda, previous)
-            if not serves_prices(operands, grid, adaptation):
-                goal[Slot.PRICES] = break_even(operands, options, grid, adaptation)
+            goal = shader_goal(operands, options, grid, adaptation, log_lambda, previous)
             made = make_plan(operands | goal, options, adaptation)
-            return cls(
-                levels=made[Slot.LEVELS],
-                log_lambda=jnp.log(made[Slot.LAMBDA]),
-                grid=grid,
-                adaptation=adaptation,
-                causal=options.causal,
-                window=options.window,
-                **{name: made[slot] for slot, name in _LISTS.items()},
-            )
+            return cls.of_results(made, grid, options, adaptation)
         levels, log_lambda = route(operands, options, grid, adaptation, log_lambda, previous)
         return cls.of_levels(levels, log_lambda, operands, options, adaptation)
+
+    @classmethod
+    def of_results(
+        cls, made: Operands, grid: Grid, options: Options, adaptation: Adaptation
+    ) -> "TilePlan":
+        """The plan that shaders made, by `jax_aat.primitives.plan`."""
+        return cls(
+            levels=made[Slot.LEVELS],
+            log_lambda=jnp.log(made[Slot.LAMBDA]),
+            grid=grid,
+            adaptation=adaptation,
+            causal=options.causal,
+            window=options.window,
+            **{name: made[slot] for slot, name in _LISTS.items()},
+        )
 
     @classmethod
     def of_levels(

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax_aat import (
     Adaptation,
     ResolutionState,
+    adaptive,
     hierarchy,
     last_dispatch,
     plan_tiles,
@@ -93,21 +94,55 @@ def test_segments(rng):
     assert agreement(*plans) > 0.999
 
 
-def test_attention_takes_the_plan_of_the_shaders(rng):
-    """Results and gradients are those of the same plan given."""
-    q, k, v = inputs(rng, 1100, clusters=6)
-    adaptation = Adaptation(threshold=1e-4)
-    attend = functools.partial(tiled_attention, is_causal=True, implementation="vulkan")
-    plan = plan_tiles(q, k, v, adaptation, is_causal=True, implementation="vulkan")
+@pytest.fixture(params=[True, False], ids=["one submission", "two"])
+def one_submission(request, monkeypatch):
+    """Whether a call plans and attends by one submission, as on a single device."""
+    monkeypatch.setattr(adaptive, "plans_in_one_submission", lambda *_: request.param)
+    return request.param
 
-    @functools.partial(jax.jit, static_argnames="name")
-    def passes(q, k, v, name, value):
-        out, pull = jax.vjp(lambda *x: attend(*x, adaptation=adaptation, plan=value), q, k, v)
-        return out, pull(jnp.ones_like(out))
 
-    with Ran("vulkan", "forward", "backward", "plan"):
-        planned = jax.block_until_ready(passes(q, k, v, "planned", None))
-    assert_same_bits(planned, passes(q, k, v, "given", plan))
+@pytest.mark.parametrize(
+    ("shape", "adaptation", "options"),
+    [
+        ({"clusters": 6}, Adaptation(threshold=1e-4), {"is_causal": True}),
+        ({"clusters": 6}, Adaptation(budget=0.5), {"is_causal": True}),
+        ({"batch": 2, "dtype": "bfloat16"}, Adaptation(threshold=1e-4), LENGTHS),
+        ({}, Adaptation(budget=0.4, levels=(0, 1)), {"local_window_size": (500, 0)}),
+    ],
+    ids=str,
+)
+def test_attention_takes_the_plan_of_the_shaders(rng, one_submission, shape, adaptation, options):
+    """Results and derivatives are those of the same plan given."""
+    arrays = inputs(rng, 1100, **shape)
+    options = {"adaptation": adaptation, "implementation": "vulkan"} | options
+    plan = plan_tiles(*arrays, **options)
+
+    @jax.jit
+    def passes(plan, *values):
+        attend = functools.partial(tiled_attention, plan=plan, return_residual=True, **options)
+        results, pull = jax.vjp(attend, *values)
+        along = jax.jvp(attend, values, values)
+        return results, pull(jax.tree.map(jnp.ones_like, results)), along
+
+    with Ran("vulkan", "forward", "backward", "tangent"):
+        planned = jax.block_until_ready(passes(None, *arrays))
+    assert_same_bits(planned, passes(plan, *arrays))
+    with Ran("vulkan", "forward"):
+        jax.block_until_ready(jax.jit(functools.partial(tiled_attention, **options))(*arrays))
+    assert ("cross_tile_router" in str(last_dispatch())) == one_submission
+
+
+def test_second_derivatives(rng, one_submission):
+    q, k, v = inputs(rng, 200)
+
+    def loss(q, plan):
+        out = tiled_attention(q, k, v, adaptation=adaptation, plan=plan, implementation="vulkan")
+        return jnp.square(out).sum()
+
+    adaptation = Adaptation(threshold=1e-3, query_tile=16)
+    plan = plan_tiles(q, k, v, adaptation, implementation="vulkan")
+    curvature = jax.jit(lambda q, plan: jax.jvp(jax.grad(lambda q: loss(q, plan)), (q,), (q,)))
+    assert_close(curvature(q, None), curvature(q, plan), 1e-6)
 
 
 def test_masks_and_biases_are_planned_by_xla(rng):
@@ -129,7 +164,7 @@ def test_long_sequences_are_priced_by_xla(rng, monkeypatch):
     assert_same_bits(plan, expected)
 
 
-def test_vmap_equals_a_loop(rng):
+def test_vmap_equals_a_loop(rng, one_submission):
     stacked = [jnp.stack(x) for x in zip(*(inputs(rng, 300) for _ in range(3)), strict=True)]
     options = {"adaptation": Adaptation(budget=0.5), "implementation": "vulkan"}
     plan = functools.partial(plan_tiles, **options)

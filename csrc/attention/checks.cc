@@ -47,7 +47,9 @@ void CheckPlan(const AttentionProblem& problem) {
     CheckSlice(problem, slot, params.queries, params.query_heads / params.kv_heads, 2, "shares");
   }
   CheckIndex(std::uint64_t{params.plan_tiles} * LevelWords(params), "levels");
-  if (problem.pass == Pass::kPlan) CheckPlanning(problem);
+  if (problem.pass == Pass::kPlan || (problem.features & FEATURE_MAKES_LISTS)) {
+    CheckPlanning(problem);
+  }
   CheckIndex(params.list_capacity, "work lists");
   CheckIndex(params.key_list_capacity, "transposed work lists");
 }

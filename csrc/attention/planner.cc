@@ -61,6 +61,7 @@ class Planner {
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
+        if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
         PlanQueryKernel(Kernel::kForward, kScoreFeatures | FEATURE_ROW_COUNTS, 4);
         break;
       case Pass::kTangent:
@@ -70,7 +71,8 @@ class Planner {
         PlanBackward();
         break;
       case Pass::kPlan:
-        break;  // PlanTiles makes these
+        AddTilePlan(builder_);
+        break;
     }
     return builder_.Finish(family_ == nullptr ? DispatchPlan().path : family_->path);
   }
@@ -306,7 +308,6 @@ bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements) {
 }
 
 DispatchPlan PlanAttention(const AttentionProblem& problem, const DeviceTraits& traits) {
-  if (problem.pass == Pass::kPlan) return PlanTiles(problem, traits);
   CheckProblem(problem, traits);
   return Planner(problem, traits).Plan();
 }

@@ -166,11 +166,6 @@ class TilePlanner {
 
 }  // namespace
 
-DispatchPlan PlanTiles(const AttentionProblem& problem, const DeviceTraits& traits) {
-  CheckProblem(problem, traits);
-  PlanBuilder builder(problem, traits);
-  TilePlanner(builder).Plan();
-  return builder.Finish(DispatchPlan().path);
-}
+void AddTilePlan(PlanBuilder& builder) { TilePlanner(builder).Plan(); }
 
 }  // namespace jax_aat

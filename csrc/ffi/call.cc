@@ -58,6 +58,14 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
   constexpr std::uint64_t kRowCounts = Bit(OPERAND_ROW_COUNTS);
   constexpr std::uint64_t kPlanDerivatives =
       Bit(OPERAND_DCOARSE_K) | Bit(OPERAND_DCOARSE_V) | Bit(OPERAND_DLEVEL_BIAS);
+  if (pass == Pass::kForward && (attributes.results & Bit(OPERAND_LEVELS))) {
+    // Makes its plan itself.
+    PassSlots slots = SlotsOfPlanning(attributes);
+    slots.required_operands |= Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V);
+    slots.optional_operands |= Bit(OPERAND_LEVEL_BIAS);
+    slots.required_results |= kOut | Bit(OPERAND_SHARES);
+    return slots;
+  }
   const bool planned = (attributes.operands & kPlan) != 0;
   const std::uint64_t inputs = kQkv | (planned ? kPlan : 0);
   const std::uint64_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | kLengthsAndSegments |
@@ -365,7 +373,9 @@ class CallBuilder {
       SetFeature(FEATURE_DLSE, Has(OPERAND_DLSE));
       SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
     }
-    if (problem().pass == Pass::kPlan) SetPlanningOptions();
+    if (problem().pass == Pass::kPlan || call_.buffers[OPERAND_LEVELS].result) {
+      SetPlanningOptions();
+    }
   }
 
   void SetPlanningOptions() {

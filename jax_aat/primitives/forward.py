@@ -21,7 +21,7 @@ from jax_aat.problem import (
     forward_results,
 )
 
-_NAMES = {
+NAMES = {
     Slot.OUT: "attention_out",
     Slot.LSE: "attention_logsumexp",
     Slot.SHARES: "attention_shares",
@@ -68,7 +68,7 @@ def _jvp(
         zip(forward_results(slots), rules.bind(rules.forward_p, operands, **params), strict=True)
     )
     # Named, so that a checkpoint policy may keep them and spare the backward pass a forward one.
-    results = {slot: checkpoint_name(x, _NAMES[slot]) for slot, x in results.items()}
+    results = {slot: checkpoint_name(x, NAMES[slot]) for slot, x in results.items()}
     values = list(results.values())
     moving = by_slot(slots, tangents).items()
     along = {TANGENT_OF[slot]: t for slot, t in moving if type(t) is not ad.Zero}

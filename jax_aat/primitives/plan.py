@@ -7,17 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from jax_aat import router
+from jax_aat import router, tiled_xla
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_super_tiles
 from jax_aat.levels import Grid
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
+from jax_aat.primitives.forward import NAMES
 from jax_aat.primitives.partition import devices_marker
-from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.problem import TANGENT_OF, Operands, Options, Slot, by_slot, extents
 
 LISTS = (
     Slot.LEVELS,
@@ -27,10 +31,13 @@ LISTS = (
     Slot.KEY_LIST_ENTRIES,
 )
 
+_ATTENTION = (Slot.OUT, Slot.LSE, Slot.SHARES)
+_GOAL = (Slot.PRICES, Slot.SPARE_ROWS, Slot.LAMBDA, Slot.PREVIOUS_LEVELS)
+
 
 def make_prices(operands: Operands, options: Options, adaptation: Adaptation) -> jax.Array:
     """The prices of all granules, by shaders: what `jax_aat.router.break_even` gives."""
-    prices: jax.Array = _bind(operands, options, adaptation, (Slot.PRICES,))[0]
+    prices: jax.Array = _bind(operands, options, adaptation, (Slot.PRICES,), rules.plan_p)[0]
     return prices
 
 
@@ -40,10 +47,23 @@ def serves(operands: Operands, adaptation: Adaptation) -> bool:
     return not given and not router.is_exact(adaptation)
 
 
-def serves_prices(operands: Operands, grid: Grid, adaptation: Adaptation) -> bool:
-    """Whether shaders make the prices too: not where tiles look into super-tiles first."""
+def shader_goal(
+    operands: Operands,
+    options: Options,
+    grid: Grid,
+    adaptation: Adaptation,
+    log_lambda: jax.Array | None = None,
+    previous: jax.Array | None = None,
+) -> Operands:
+    """What shaders need besides the operands of a call; arguments as those of `router.route`.
+
+    It includes PRICES where tiles look into super-tiles first, which shaders do not.
+    """
+    goal = router.goal_of(operands, options, grid, adaptation, log_lambda, previous)
     judged = judged_super_tiles(operands, grid, router.candidate_share(adaptation))
-    return judged == grid.super_tiles
+    if judged < grid.super_tiles:
+        goal[Slot.PRICES] = router.break_even(operands, options, grid, adaptation)
+    return {slot: lax.stop_gradient(x) for slot, x in goal.items()}
 
 
 def make_plan(operands: Operands, options: Options, adaptation: Adaptation) -> Operands:
@@ -58,14 +78,43 @@ def make_plan(operands: Operands, options: Options, adaptation: Adaptation) -> O
     Returns:
       Levels and lists as `jax_aat.lists.pack` makes them, and LAMBDA as it was used, [*batch, L].
     """
+    return _made(operands, options, adaptation, (), rules.plan_p)
+
+
+def plan_and_attend(operands: Operands, options: Options, adaptation: Adaptation) -> Operands:
+    """Attention at the levels of a plan, and the plan, by one submission of shaders.
+
+    Args:
+      operands: As those of `make_plan`, with COARSE_K, COARSE_V and perhaps LEVEL_BIAS.
+      options: Those of the call.
+      adaptation: As that of `make_plan`.
+
+    Returns:
+      What `make_plan` gives, and OUT, LSE and SHARES as `jax_aat.primitives.forward` gives them.
+    """
+    return _made(operands, options, adaptation, _ATTENTION, rules.planned_forward_p)
+
+
+def _made(
+    operands: Operands,
+    options: Options,
+    adaptation: Adaptation,
+    others: tuple[Slot, ...],
+    primitive: Primitive,
+) -> Operands:
     searched = Slot.SPARE_ROWS in operands
-    wanted = (*LISTS, Slot.LAMBDA) if searched else LISTS
-    results = dict(zip(wanted, _bind(operands, options, adaptation, wanted), strict=True))
+    wanted = (*others, *LISTS, *((Slot.LAMBDA,) if searched else ()))
+    values = _bind(operands, options, adaptation, wanted, primitive)
+    results = dict(zip(wanted, values, strict=True))
     return results if searched else results | {Slot.LAMBDA: router.used(operands[Slot.LAMBDA])}
 
 
 def _bind(
-    operands: Operands, options: Options, adaptation: Adaptation, results: tuple[Slot, ...]
+    operands: Operands,
+    options: Options,
+    adaptation: Adaptation,
+    results: tuple[Slot, ...],
+    primitive: Primitive,
 ) -> list[Any]:
     options = dataclasses.replace(
         options,
@@ -75,7 +124,7 @@ def _bind(
         floor_share=router.floor_share(adaptation),
     )
     return rules.bind(
-        rules.plan_p,
+        primitive,
         operands,
         options=options,
         adaptation=adaptation,
@@ -105,12 +154,17 @@ def _result_types(
         Slot.PRICES: (*tiles, grid.granules),
         Slot.LAMBDA: (grid.lists,),
     }
-    return {
+    types = {
         slot: jax.ShapeDtypeStruct(
-            (*batch, *shapes[slot]), jnp.float32 if slot is Slot.LAMBDA else jnp.uint32
+            (*batch, *shape), jnp.float32 if slot is Slot.LAMBDA else jnp.uint32
         )
-        for slot in results
+        for slot, shape in shapes.items()
     }
+    sizes = extents(operands)
+    for slot in _ATTENTION:
+        dtype = operands[Slot.Q].dtype if slot is Slot.OUT else jnp.float32
+        types[slot] = jax.ShapeDtypeStruct(sizes.shape(slot), dtype)
+    return {slot: types[slot] for slot in results}
 
 
 def _planned(
@@ -134,6 +188,11 @@ def _planned(
         capacity = Capacity.of(grid, options.causal, options.window)
         lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
         values |= dict(zip(LISTS, (levels, *lists), strict=True)) | {Slot.LAMBDA: price}
+    if Slot.OUT in results:
+        known = {slot: x for slot, x in operands.items() if slot not in _GOAL}
+        made = {slot: values[slot] for slot in LISTS}
+        attended = tiled_xla.forward(known | made, options)
+        values |= dict(zip(_ATTENTION, attended, strict=True))
     return [values[slot].reshape(*batch, *values[slot].shape[1:]) for slot in results]
 
 
@@ -144,6 +203,29 @@ def _jvp(
     results = rules.plan_p.bind(*primals, **params)
     return results, [rules.no_tangent(x) for x in results]
 
+
+def _forward_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
+) -> tuple[list[Any], list[Any]]:
+    operands = by_slot(slots, primals)
+    values = rules.bind(rules.planned_forward_p, operands, **params)
+    results = dict(zip(params["results"], values, strict=True))
+    results |= {slot: checkpoint_name(results[slot], NAMES[slot]) for slot in _ATTENTION}
+    moving = {s: t for s, t in by_slot(slots, tangents).items() if type(t) is not ad.Zero}
+    along = {TANGENT_OF[slot]: t for slot, t in moving.items() if slot in TANGENT_OF}
+    derivatives = {slot: rules.no_tangent(x) for slot, x in results.items()}
+    if along:
+        known = {slot: x for slot, x in (operands | results).items() if slot not in _GOAL}
+        kept = {name: params[name] for name in ("options", "implementation", "needs_devices")}
+        terms = rules.bind(rules.tangent_p, known | along, **kept)
+        derivatives |= dict(zip(_ATTENTION, terms, strict=True))
+    return list(results.values()), list(derivatives.values())
+
+
+rules.register_abstract_eval(rules.planned_forward_p, _result_types)
+rules.register_lowering(rules.planned_forward_p, _planned, _result_types, "jax_aat_forward")
+rules.register_batching(rules.planned_forward_p)
+ad.primitive_jvps[rules.planned_forward_p] = _forward_jvp
 
 rules.register_abstract_eval(rules.plan_p, _result_types)
 rules.register_lowering(rules.plan_p, _planned, _result_types)

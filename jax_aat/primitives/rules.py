@@ -32,12 +32,13 @@ def _new_primitive(name: str, *static_argnames: str) -> Primitive:
     return primitive
 
 
-# All are made here because the rules of each bind another; their names are those of the
-# custom calls' targets.
+# All are made here because the rules of each bind another; most have the names of the custom calls'
+# targets.
 forward_p = _new_primitive("jax_aat_forward")
 tangent_p = _new_primitive("jax_aat_tangent")
 backward_p = _new_primitive("jax_aat_backward", "results", "dbias_shape")
 plan_p = _new_primitive("jax_aat_plan", "results", "adaptation")
+planned_forward_p = _new_primitive("jax_aat_planned_forward", "results", "adaptation")
 
 
 def bind(primitive: Primitive, operands: Operands, **params: Any) -> list[Any]:
@@ -60,14 +61,18 @@ def register_abstract_eval(primitive: Primitive, result_types: ResultTypes) -> N
 
 
 def register_lowering(
-    primitive: Primitive, tiled: Callable[..., Sequence[jax.Array]], result_types: ResultTypes
+    primitive: Primitive,
+    tiled: Callable[..., Sequence[jax.Array]],
+    result_types: ResultTypes,
+    target: str | None = None,
 ) -> None:
     """Registers the tiled algorithm for all platforms and the custom call where it exists.
 
     Args:
-      primitive: The primitive; its name is that of the custom call's target.
+      primitive: The primitive.
       tiled: (operands, options, ...) -> results in jax.numpy.
       result_types: Shapes and dtypes of the results.
+      target: That of the custom call; None: the primitive's name.
     """
 
     def lower(serves_vulkan: bool) -> Any:
@@ -84,7 +89,7 @@ def register_lowering(
                 return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
             if not (serves_vulkan and implementation == "vulkan"):
                 return tiled(operands, **params)
-            call = functools.partial(vulkan_call, primitive.name, params["options"])
+            call = functools.partial(vulkan_call, target or primitive.name, params["options"])
             mesh = jax.typeof(values[0]).sharding.mesh
             if mesh.manual_axes and mesh.auto_axes:
                 # Inside a shard_map over some of the axes only; nothing can be said about the rest.

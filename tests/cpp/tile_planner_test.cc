@@ -98,6 +98,25 @@ void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
   }
 }
 
+// A forward call that makes its plan first makes it alike, then waits for it.
+void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
+                          const std::vector<Dispatch>& planning) {
+  problem.pass = Pass::kForward;
+  const DispatchPlan plan = PlanAttention(problem, traits);
+  EXPECT(plan.dispatches.size() > planning.size());
+  for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
+    const Dispatch& dispatch = plan.dispatches[i];
+    if (i < planning.size()) {
+      EXPECT(dispatch.shader == planning[i].shader);
+      EXPECT(dispatch.specialization == planning[i].specialization);
+      EXPECT(dispatch.barrier_before == planning[i].barrier_before);
+    } else {
+      EXPECT(StartsWith(dispatch.shader, "attend_forward") && dispatch.barrier_before);
+      EXPECT(dispatch.specialization[2] & FEATURE_PLAN);
+    }
+  }
+}
+
 }  // namespace
 
 void FuzzPlanning() {
@@ -106,7 +125,9 @@ void FuzzPlanning() {
     const AttentionProblem problem = RandomPlanning(random);
     const DeviceTraits traits = RandomTraits(random);
     try {
-      CheckPlanning(problem, traits, PlanAttention(problem, traits));
+      const DispatchPlan plan = PlanAttention(problem, traits);
+      CheckPlanning(problem, traits, plan);
+      CheckPlanningForward(problem, traits, plan.dispatches);
     } catch (const std::invalid_argument& error) {
       EXPECT(std::string(error.what()).find("split") != std::string::npos);
     }
