@@ -9,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_aat.adaptation import Adaptation
-from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
+from jax_aat.boundary import Boundary, boundary
+from jax_aat.levels import (
+    EXACT,
+    GRANULE,
+    HIDDEN,
+    MEAN,
+    SUPER_MEAN,
+    Grid,
+    pack_levels,
+    unpack_levels,
+)
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives.plan import make_plan, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot, extents
@@ -211,8 +220,9 @@ class TilePlan:
         level = unpack_levels(flat.levels, grid.granules)
         _require(flat.levels, pack_levels(level), "levels", "a level of a granule past the last")
         options = Options(1.0, self.causal, self.window, query_tile=grid.query_tile)
-        static = boundary({}, options, grid)
-        allowed = static.applied(level, drops=True)
+        allowed = _possible(level, options, grid).applied(level, drops=True)
+        # Lengths, segments and masks may have hidden anything.
+        allowed = jnp.where(level == HIDDEN, HIDDEN, allowed)
         _require(level, allowed, "levels", "a level that causality or window forbids")
         # Whether a granule is full depends on operands that the plan does not hold: full ones are
         # listed first, in ascending order, whichever they are.
@@ -272,6 +282,26 @@ def _require(actual: Any, expected: Any, name: str, what: str) -> None:
         raise ValueError(
             f"plan.{name}: the plan is corrupted, it has {what}, first at {wrong[0].tolist()}"
         )
+
+
+def _possible(level: jax.Array, options: Options, grid: Grid) -> Boundary:
+    """The most that tiles may see, whatever the lengths of the call were, by what levels show."""
+    shown = level != HIDDEN
+    queries, keys = (
+        jnp.max(jnp.where(shown.any(axes), jnp.arange(shown.shape[axis]), -1), -1)
+        for axis, axes in ((2, (1, 3)), (3, (1, 2)))
+    )
+    found = boundary({}, options, grid)
+    # The last granule that is shown may be cut by the length, or whole.
+    for length in (GRANULE * keys + 1, GRANULE * keys + GRANULE):
+        lengths = {Slot.Q_LENGTHS: grid.positions * queries + 1, Slot.KV_LENGTHS: length}
+        shorter = boundary(lengths, options, grid)
+        found = dataclasses.replace(
+            found,
+            whole=found.whole | shorter.whole,
+            super_whole=found.super_whole | shorter.super_whole,
+        )
+    return found
 
 
 def _full_of(headers: jax.Array, entries: jax.Array, level: jax.Array, grid: Grid) -> jax.Array:

@@ -124,9 +124,7 @@ class Case:
             *(jnp.log(actual[Slot.LAMBDA]), self.grid, self.adaptation),
             *(self.options.causal, self.options.window),
         )
-        # What lengths allow the plan does not know.
-        if Slot.KV_LENGTHS not in self.operands:
-            plan.validate()
+        plan.validate()
 
 
 def threshold(**options) -> Adaptation:
