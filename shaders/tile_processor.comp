@@ -4,6 +4,8 @@
 #include "common/visibility.glsl"
 #include "common/summaries.glsl"
 
+layout(constant_id = 12) const uint HALVES = 0;  // keys are summarised for cooperative matrices
+
 const uint GRANULES_AT_ONCE = THREADS / QUADS;
 
 shared vec4 column_sums[THREADS];
@@ -13,7 +15,7 @@ shared vec3 granule_values[SUPER_TILE_GRANULES];
 
 struct Moments {
   vec4 mean;
-  vec4 spread;  // sum of the squared distances from it
+  vec4 spread;  // sum of the squared distances from it; or their mean
 };
 
 // Of up to PART_ROWS rows from `first` on.
@@ -80,6 +82,29 @@ vec2 sum_row(vec2 own, uint quad) {
   return sum;
 }
 
+void store_row(Vectors summaries, uint place, uint quad, Moments keys) {
+  Pairs halves = Pairs(uvec2(summaries));
+  halves.pair[place * 2 + quad] = to_halves(keys.mean);
+  halves.pair[place * 2 + QUADS + quad] = to_halves(keys.spread / VARIANCE_SCALE);
+}
+
+// Means and variances.
+void store_keys(Vectors summaries, uint granule, uint quad, Moments all, Moments parts[PARTS]) {
+  if (HALVES != 0) {
+    store_row(summaries, granule_row_place(granule), quad, all);
+    [[unroll]] for (uint i = 0; i < PARTS; ++i) {
+      store_row(summaries, part_row_place(granule, i), quad, parts[i]);
+    }
+    return;
+  }
+  summaries.vector[granule_place(granule, quad)] = all.mean;
+  summaries.vector[granule_place(granule, quad) + 1] = all.spread;
+  [[unroll]] for (uint i = 0; i < PARTS; ++i) {
+    summaries.vector[part_place(granule, quad) + i] = parts[i].mean;
+    summaries.vector[part_place(granule, quad) + PARTS + i] = parts[i].spread;
+  }
+}
+
 void main() {
   load_call();
   uint index = workgroup_index();
@@ -110,14 +135,11 @@ void main() {
 
       Moments key = granule_moments(keys, granule, quad, parts);
       key_sum += key.mean * count;
-      summaries.vector[granule_place(granule, quad)] = key.mean;
-      summaries.vector[granule_place(granule, quad) + 1] = key.spread * share;
       [[unroll]] for (uint i = 0; i < PARTS; ++i) {
         uint rows = rows_from(granule * GRANULE_ROWS + i * PART_ROWS, PART_ROWS);
-        summaries.vector[part_place(granule, quad) + i] = parts[i].mean;
-        summaries.vector[part_place(granule, quad) + PARTS + i] =
-            parts[i].spread / float(max(rows, 1));
+        parts[i].spread /= float(max(rows, 1));
       }
+      store_keys(summaries, granule, quad, Moments(key.mean, key.spread * share), parts);
     }
     vec2 sums = sum_row(squares, quad);
     if (own && quad == 0) granule_values[local] = vec3(sums.x, 0, sums.x + sums.y);
@@ -127,7 +149,11 @@ void main() {
   vec4 key_mean = sum_columns(key_sum) / float(max(rows, 1));
   vec4 value_mean = sum_columns(value_sum) / float(max(rows, 1));
   if (gl_LocalInvocationID.x < QUADS) {
-    summaries.vector[super_mean_place(super_tile, quad)] = key_mean;
+    if (HALVES != 0) {
+      store_row(summaries, super_row_place(super_tile), quad, Moments(key_mean, vec4(0)));
+    } else {
+      summaries.vector[super_mean_place(super_tile, quad)] = key_mean;
+    }
     super_values[quad] = value_mean;
   }
   barrier();

@@ -23,6 +23,8 @@ constexpr std::uint64_t kSuperTileGranules = 64;
 constexpr std::uint64_t kMostSlabs = 1024;
 constexpr std::uint64_t kMostSlabBytes = std::uint64_t{1} << 28;
 constexpr std::uint64_t kSlabAlignment = 64;  // floats
+constexpr std::uint32_t kCoopmatThreads = 128;
+constexpr std::uint32_t kRouterSharedBytes = 8192;  // at most, besides staged rows
 // As in shaders/plan_price.comp.
 constexpr std::uint32_t kHistogramWords = 2 * (1024 + 32);
 enum PriceStage { kClear, kCoarse, kFine, kChoose };
@@ -106,15 +108,34 @@ class TilePlanner {
     params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
     builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4);
 
-    KernelShape shape = {"tile_processor", Threads(), PlanTileRows(params_), kGranuleRows};
-    builder_.Add(builder_.ModuleName(shape), shape, kVisibilityFeatures,
-                 SuperTiles() * params_.kv_heads * params_.batch_count);
-    shape.shader = "cross_tile_router";
+    const KernelShape router = RouterShape();
+    const bool on_matrices = router.required_subgroup_size != 0;
+    KernelShape processor = {"tile_processor", Threads(), PlanTileRows(params_), kGranuleRows};
+    builder_
+        .Add(builder_.ModuleName(processor), processor, kVisibilityFeatures,
+             SuperTiles() * params_.kv_heads * params_.batch_count)
+        .specialization.push_back(on_matrices ? 1 : 0);
     builder_.AddBarrier();
-    Dispatch& router = builder_.Add(builder_.ModuleName(shape), shape,
-                                    kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
-    router.specialization.push_back(params_.level_count);
-    router.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
+    Dispatch& dispatch = builder_.Add(builder_.ModuleName(router), router,
+                                      kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
+    dispatch.specialization.push_back(params_.level_count);
+    dispatch.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
+  }
+
+  // On cooperative matrices where they serve: they would round what float32 operands say.
+  KernelShape RouterShape() const {
+    KernelShape shape = {"cross_tile_router", Threads(), PlanTileRows(params_), kGranuleRows};
+    const DeviceTraits& traits = builder_.traits();
+    const std::uint32_t shared = kCoopmatThreads / 2 * (params_.head_dim / 4 + 1) * 16;
+    if (builder_.problem().dtype != DTYPE_F32 && traits.coopmat_float16 &&
+        traits.coopmat_layout_known && params_.head_dim % 16 == 0 && params_.head_dim <= 128 &&
+        (shape.tile_rows == 64 || shape.tile_rows == 128) &&
+        shared + kRouterSharedBytes <= traits.max_shared_memory) {
+      shape.shader = "cross_tile_router_coopmat";
+      shape.threads = kCoopmatThreads;
+      shape.required_subgroup_size = 32;
+    }
+    return shape;
   }
 
   std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
@@ -123,7 +144,7 @@ class TilePlanner {
   std::uint64_t SummaryFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
-    return 4 * (granules * (11 * quads + 1) + SuperTiles() * (quads + 1));
+    return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles());
   }
 
   // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).

@@ -12,10 +12,20 @@ layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer Sha
   uint value[];
 };
 
+// A kernel defines SHARED_MASS as true where its threads do not keep to granules; it may then round
+// the variances, which only weigh errors, to halves.
+#if SHARED_MASS
+#define MassFloats SharedFloats
+#define Variances SharedWords
+#else
+#define MassFloats OwnFloats
+#define Variances OwnPairs
+#endif
+
 struct Slab {
   SharedVectors queries;      // see make_sub_queries
-  OwnFloats log_mass;         // of granules, [sub-query][granule]; -inf: not seen
-  OwnPairs variances;         // relative ones of the granule, of the super-tile, likewise
+  MassFloats log_mass;        // of granules, [sub-query][granule]; -inf: not seen
+  Variances variances;        // relative ones of the granule, of the super-tile, likewise
   SharedFloats super_logits;  // [super-tile][sub-query]
   SharedFloats importance;    // of granules; NOT_SEEN
   SharedWords marks;          // of granules: MARK_* and, above, the place among the candidates plus 1
@@ -36,9 +46,9 @@ Slab slab_of(uint workgroup) {
   Slab slab;
   slab.queries = SharedVectors(at);
   at = offset_by(at, (SUBS + FINE_SUBS) * QUADS * 8);
-  slab.variances = OwnPairs(at);
+  slab.variances = Variances(at);
   at = offset_by(at, SUBS * granules * 2);
-  slab.log_mass = OwnFloats(at);
+  slab.log_mass = MassFloats(at);
   at = offset_by(at, SUBS * granules);
   slab.super_logits = SharedFloats(at);
   at = offset_by(at, SUBS * super_tile_count());
@@ -57,3 +67,17 @@ void sync_slab() {
   memoryBarrierBuffer();
   barrier();
 }
+
+#if SHARED_MASS
+const float VARIANCE_UNIT = 8192.0;  // the largest variance is below 8 and a half below 65,504
+
+void store_variances(Slab slab, uint place, vec2 variances) {
+  slab.variances.value[place] = packHalf2x16(variances * VARIANCE_UNIT);
+}
+vec2 load_variances(Slab slab, uint place) {
+  return unpackHalf2x16(slab.variances.value[place]) / VARIANCE_UNIT;
+}
+#else
+void store_variances(Slab slab, uint place, vec2 variances) { slab.variances.value[place] = variances; }
+vec2 load_variances(Slab slab, uint place) { return slab.variances.value[place]; }
+#endif

@@ -13,10 +13,6 @@ const uint FINES = SUB_POSITIONS / FINE_POSITIONS;  // of a sub-query
 const uint SUBS = TILE_POSITIONS / SUB_POSITIONS * TILE_HEADS;
 const uint FINE_SUBS = SUBS * FINES;
 
-// Columns of sub-queries pass through shared memory by slices, [quad][sub-query] (mean, mean square).
-const uint STAGED_PAIRS = 256;
-
-shared vec4 staged[2 * STAGED_PAIRS];
 shared float sub_weight[SUBS];    // share of the tile's queries
 shared float fine_part[FINE_SUBS];  // share of its sub-query's
 
@@ -51,8 +47,10 @@ void weigh_sub_queries(uint tile) {
   }
 }
 
-// Writes those of a tile to `out_vectors`: [quad][sub-query] pairs, then the same of the finer ones.
-void make_sub_queries(uint tile, View queries, SharedVectors out_vectors) {
+// Of the kernel: keeps quad `quad` of a sub-query, or of a finer one, in the slab.
+void put_sub_query(bool fine, uint sub, uint quad, vec4 mean, vec4 square);
+
+void make_sub_queries(uint tile, View queries) {
   for (uint i = gl_LocalInvocationID.x; i < SUBS * QUADS; i += THREADS) {
     uint quad = i % QUADS, sub = i / QUADS;
     uint first = sub_position(tile, sub);
@@ -72,22 +70,8 @@ void make_sub_queries(uint tile, View queries, SharedVectors out_vectors) {
       float part = float(rows) / float(FINE_POSITIONS) / whole;
       mean = fma(sum, vec4(part), mean);
       square = fma(square_sum, vec4(part), square);
-      if (STAGES > 1) {
-        uint place = SUBS * QUADS * 2 + (quad * FINE_SUBS + sub * FINES + fine) * 2;
-        out_vectors.vector[place] = sum;
-        out_vectors.vector[place + 1] = square_sum;
-      }
+      if (STAGES > 1) put_sub_query(true, sub * FINES + fine, quad, sum, square_sum);
     }
-    out_vectors.vector[(quad * SUBS + sub) * 2] = mean;
-    out_vectors.vector[(quad * SUBS + sub) * 2 + 1] = square;
+    put_sub_query(false, sub, quad, mean, square);
   }
-}
-
-// Copies the slice of quads [first, end) of `subs` sub-queries, the first of which lies at `place`.
-void stage_sub_queries(SharedVectors vectors, uint place, uint subs, uint first, uint end) {
-  barrier();
-  for (uint i = gl_LocalInvocationID.x; i < (end - first) * subs * 2; i += THREADS) {
-    staged[i] = vectors.vector[place + first * subs * 2 + i];
-  }
-  barrier();
 }

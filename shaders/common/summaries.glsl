@@ -50,8 +50,26 @@ uint super_mean_place(uint super_tile, uint quad) {
 
 // Sum of the squares of a super-tile's values.
 uint value_total_place(uint super_tile) {
-  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile_count() * QUADS +
-         super_tile;
+  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) +
+         (super_tile_count() + 15) * QUADS + super_tile;
+}
+
+// For cooperative matrices the first two and the means of super-tiles are kept in halves instead, by
+// rows: the mean, then the variance, of a granule, or part, or the mean alone. A row takes QUADS
+// vectors; 16 can be read from any super-tile on.
+uint granule_row_place(uint granule) { return granule * QUADS; }
+uint part_row_place(uint granule, uint part) {
+  return part_place(0, 0) + (granule * PARTS + part) * QUADS;
+}
+uint super_row_place(uint super_tile) { return super_mean_place(super_tile, 0); }
+
+// What variances are divided by and mean squares of queries multiplied with, so that halves hold both.
+const float VARIANCE_SCALE = 32.0;
+
+uvec2 to_halves(vec4 x) {
+  x = clamp(x, vec4(-65504.0), vec4(65504.0));
+  return uvec2(to_half_bits(x.x) | to_half_bits(x.y) << 16,
+               to_half_bits(x.z) | to_half_bits(x.w) << 16);
 }
 
 // Keys from `first` on, of so many, that exist.

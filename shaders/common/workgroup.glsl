@@ -43,23 +43,17 @@ float reduce(float value, bool largest) {
 // Of the histogram, which the threads have filled: the bin of the n-th entry from above, and how many
 // lie in bins above it.
 uvec2 find_bin(uint n) {
-  uint bins = 256 / 16, self = gl_LocalInvocationID.x;
+  const uint bins = 256 / THREADS;
+  uint first = gl_LocalInvocationID.x * bins, own = 0;
   barrier();
-  if (self < 16) {
-    uint sum = 0;
-    for (uint i = 0; i < bins; ++i) sum += histogram[self * bins + i];
-    counts[self] = sum;
-  }
-  if (self == 0) chosen_bin = uvec2(0);
-  barrier();
-  if (self < 16) {
-    uint above = 0;
-    for (uint i = self + 1; i < 16; ++i) above += counts[i];
-    if (above < n && n <= above + counts[self]) {
-      uint bin = self * bins + bins - 1;
-      while (above + histogram[bin] < n) above += histogram[bin--];
-      chosen_bin = uvec2(bin, above);
-    }
+  if (gl_LocalInvocationID.x == 0) chosen_bin = uvec2(0);
+  for (uint i = 0; i < bins; ++i) own += histogram[first + i];
+  uint up_to = scan(own);
+  uint above = counts[THREADS - 1] - up_to;
+  if (above < n && n <= above + own) {
+    uint bin = first + bins - 1;
+    while (above + histogram[bin] < n) above += histogram[bin--];
+    chosen_bin = uvec2(bin, above);
   }
   barrier();
   return chosen_bin;

@@ -1,0 +1,232 @@
+#version 460
+// The router (cross_tile_router.comp) with its products on cooperative matrices, of halves: 16
+// sub-queries by 16 rows of keys a subgroup, means and variances apart. Queries stay in registers,
+// rows of keys pass through shared memory.
+#define SHARED_MASS 1
+#include "common/coopmat_types.glsl"
+#include "common/router.glsl"
+
+#define HalfLeft coopmat<float16_t, gl_ScopeSubgroup, 16, 16, gl_MatrixUseA>
+#define HalfRight coopmat<float16_t, gl_ScopeSubgroup, 16, 16, gl_MatrixUseB>
+
+const uint SUBGROUPS = THREADS / 32;
+const uint DIM_TILES = HEAD_DIM / 16;
+const uint PITCH = QUADS + 1;  // vectors from one staged row to the next: odd, to meet all banks
+const uint FETCHES = 16 * QUADS / 32;
+const uint FINE_TILES = FINE_SUBS / 16;
+const uint SUB_ROWS = (SUBS + 7) / 8;  // that a lane holds elements of
+
+layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantQuads {
+  uvec4 quad[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedQuads {
+  uvec4 quad[];
+};
+layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer SharedPairs {
+  uvec2 pair[];
+};
+
+shared uvec4 staged[SUBGROUPS * 16 * PITCH];
+
+HalfLeft factors[FINE_TILES][2][DIM_TILES];
+
+uint staged_start() { return gl_SubgroupID * 16 * PITCH; }
+uint fetched_row(uint n) { return (n * 32 + gl_SubgroupInvocationID) / QUADS; }
+uint fetched_column(uint n) { return (n * 32 + gl_SubgroupInvocationID) % QUADS; }
+uint staged_place(uint n) { return staged_start() + fetched_row(n) * PITCH + fetched_column(n); }
+
+void sync_subgroup() {
+  subgroupMemoryBarrierShared();
+  subgroupBarrier();
+}
+
+// Sub-queries are rows too, 16 that stage 1 takes (those past SUBS are not used) and the finer ones.
+void put_sub_query(bool fine, uint sub, uint quad, vec4 mean, vec4 square) {
+  uint place = (fine ? 16 + sub : sub) * QUADS;
+  SharedPairs halves = SharedPairs(uvec2(slab.queries));
+  halves.pair[place * 2 + quad] = to_halves(mean);
+  halves.pair[place * 2 + QUADS + quad] = to_halves(square * VARIANCE_SCALE);
+}
+
+// Takes 16 sub-queries from row `first` on as tile t.
+void load_factors(uint t, uint first) {
+  SharedQuads rows = SharedQuads(uvec2(slab.queries));
+  sync_subgroup();
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    staged[staged_place(n)] = rows.quad[(first + fetched_row(n)) * QUADS + fetched_column(n)];
+  }
+  sync_subgroup();
+  [[unroll]] for (uint kind = 0; kind < 2; ++kind) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      coopMatLoad(factors[t][kind][d], staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH,
+                  ROW_MAJOR);
+    }
+  }
+}
+
+// Stages 16 rows of keys, row r of which lies at place[r / 4] and r % 4 rows further.
+void stage_rows(uvec4 place) {
+  ConstantQuads rows = ConstantQuads(uvec2(summaries));
+  uvec4 fetched[FETCHES];
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
+    uint row = fetched_row(n);
+    uint first = row < 8 ? (row < 4 ? place.x : place.y) : (row < 12 ? place.z : place.w);
+    fetched[n] = rows.quad[first + row % 4 * QUADS + fetched_column(n)];
+  }
+  sync_subgroup();
+  [[unroll]] for (uint n = 0; n < FETCHES; ++n) staged[staged_place(n)] = fetched[n];
+  sync_subgroup();
+}
+
+// 16 rows one after another.
+void stage_neighbours(uint place) { stage_rows(place + uvec4(0, 4, 8, 12) * QUADS); }
+
+// Of tile t and the staged rows: of the means, or of the variances.
+void multiply(uint t, uint kind, out float products[LANE_ELEMENTS]) {
+  Accumulator sum = Accumulator(0.0);
+  [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+    HalfRight rows;
+    coopMatLoad(rows, staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH, COLUMN_MAJOR);
+    sum = coopMatMulAdd(factors[t][kind][d], rows, sum);
+  }
+  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) products[i] = sum[i];
+}
+
+void score_super_tiles() {
+  for (uint base = 0; base < super_tile_count(); base += 16 * SUBGROUPS) {
+    uint first = min(base + gl_SubgroupID * 16, super_tile_count() - 1);
+    stage_neighbours(super_row_place(first));
+    float products[LANE_ELEMENTS];
+    multiply(0, 0, products);
+    [[unroll]] for (uint i = 0; i < SUB_ROWS * LANE_COLUMNS; ++i) {
+      uint super_tile = first + element_column(i), sub = element_row(i);
+      if (super_tile < super_tile_count() && sub < SUBS) {
+        slab.super_logits.value[super_tile * SUBS + sub] = capped(products[i]).x;
+      }
+    }
+  }
+}
+
+uint mark_granules(Tile tile) {
+  uint seen = 0;
+  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
+    Boundary boundary = boundary_of(tile.number, granule);
+    slab.marks.value[granule] = marks_of(boundary);
+    slab.importance.value[granule] = boundary.seen ? 0.0 : NOT_SEEN;
+    seen += boundary.seen ? 1 : 0;
+  }
+  return uint(reduce(float(seen), false));
+}
+
+// Of the rows that the lanes of all subgroups hold elements of.
+void join_lane_sums(LogSum own[SUB_ROWS]) {
+  [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
+    float largest = quad_max(own[h].largest);
+    float sum = quad_sum(own[h].sum * exp_accurate(own[h].largest - shift_of(largest)));
+    if (gl_SubgroupInvocationID % 4 == 0) {
+      uint place = (gl_SubgroupID * 16 + lane_row(h)) * 2;
+      reduced[place] = largest;
+      reduced[place + 1] = sum;
+    }
+  }
+  barrier();
+  for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
+    float largest = -INFINITY, sum = 0.0;
+    for (uint i = 0; i < SUBGROUPS; ++i) largest = max(largest, reduced[(i * 16 + sub) * 2]);
+    for (uint i = 0; i < SUBGROUPS; ++i) {
+      float factor = exp_accurate(reduced[(i * 16 + sub) * 2] - shift_of(largest));
+      sum = fma(reduced[(i * 16 + sub) * 2 + 1], factor, sum);
+    }
+    sub_log_sum[sub] = shift_of(largest) + log_or_none(sum);
+  }
+  barrier();
+}
+
+uint score_granules(Tile tile) {
+  uint seen = mark_granules(tile);
+  load_factors(0, 0);
+  if (LEVELS > 2) score_super_tiles();
+  sync_slab();
+  uint granules = padded_granules();
+  LogSum total[SUB_ROWS];
+  [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) total[h] = LogSum(-INFINITY, 0.0);
+  // All subgroups take as many steps: those past the end look at the first rows again, for nothing.
+  for (uint base = tile.first / 16 * 16; base < tile.end; base += 16 * SUBGROUPS) {
+    uint first = base + gl_SubgroupID * 16;
+    stage_neighbours(granule_row_place(first < tile.end ? first : base));
+    float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
+    multiply(0, 0, logit);
+    multiply(0, 1, variance);
+    uint super_tile = first / SUPER_TILE_GRANULES;
+    [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+      uint granule = first + lane_column(c);
+      if (granule < tile.first || granule >= tile.end) continue;
+      bool is_seen = slab.importance.value[granule] != NOT_SEEN;
+      float count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
+      [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
+        uint sub = lane_row(h), i = h * LANE_COLUMNS + c;
+        if (sub >= SUBS) continue;
+        vec2 bent = capped(logit[i]);
+        float spread = variance[i] * bent.y;
+        float mass = is_seen ? bent.x + spread / 2.0 + count : -INFINITY;
+        uint place = sub * granules + granule;
+        slab.log_mass.value[place] = mass;
+        add_term(total[h], mass);
+        if (LEVELS > 1) {
+          vec2 variances = vec2(relative_variance(spread), 0);
+          if (LEVELS > 2) {
+            float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
+            variances.y = relative_variance(fma(apart, apart, spread));
+          }
+          store_variances(slab, place, variances);
+        }
+      }
+    }
+  }
+  join_lane_sums(total);
+  return seen;
+}
+
+void score_candidates(Tile tile, uint n) {
+  [[unroll]] for (uint t = 0; t < FINE_TILES; ++t) load_factors(t, 16 + t * 16);
+  for (uint base = 0; base < n; base += 4 * SUBGROUPS) {
+    uint first = base + gl_SubgroupID * 4;
+    uvec4 granules, places;
+    [[unroll]] for (uint i = 0; i < 4; ++i) {
+      // Fewer where an importance is NaN.
+      granules[i] = min(slab.candidates.value[min(first + i, n - 1)], tile.end - 1);
+      places[i] = part_row_place(granules[i], 0);
+    }
+    stage_rows(places);
+    // A lane holds two parts of a candidate in a row, its neighbour the other two.
+    uint part = lane_column(0) % PARTS;
+    bool low = lane_column(0) < PARTS;
+    [[unroll]] for (uint t = 0; t < FINE_TILES; ++t) {
+      float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
+      multiply(t, 0, logit);
+      multiply(t, 1, variance);
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+        bool upper = i % LANE_COLUMNS != 0;
+        uint granule = low ? granules[upper ? 2 : 0] : granules[upper ? 3 : 1];
+        float mass[2];
+        [[unroll]] for (uint j = 0; j < 2; ++j) {
+          vec2 bent = capped(logit[i + j]);
+          mass[j] = fma(variance[i + j], bent.y / 2.0, bent.x) +
+                    log_count(granule * GRANULE_ROWS + (part + j) * PART_ROWS, PART_ROWS);
+        }
+        float largest = max(mass[0], mass[1]);
+        largest = max(largest, subgroupShuffleXor(largest, 1));
+        float shift = shift_of(largest);
+        float sum = exp_accurate(mass[0] - shift) + exp_accurate(mass[1] - shift);
+        sum += subgroupShuffleXor(sum, 1);
+        uint candidate = first + (upper ? 2 : 0) + (low ? 0 : 1);
+        if (candidate < n && gl_SubgroupInvocationID % 2 == 0) {
+          slab.fine.value[candidate * FINE_SUBS + t * 16 + element_row(i)] =
+              shift + log_or_none(sum);
+        }
+      }
+    }
+  }
+}
+
+void main() { route(); }
