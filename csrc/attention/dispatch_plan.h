@@ -19,6 +19,8 @@ struct DeviceTraits {
   std::uint32_t max_shared_memory = 16384;  // bytes a workgroup
   std::uint32_t max_workgroup_invocations = 128;
   std::uint32_t max_workgroup_count = 65535;  // along x and y
+  // Of all loops of an invocation together, after which the driver ends them; 0: no such limit.
+  std::uint32_t max_loop_iterations = 0;
   bool storage_16bit = false;
   // 16x16x16 cooperative matrices at subgroup scope, float32 accumulation, on 32-lane subgroups.
   bool coopmat_float16 = false;

@@ -114,6 +114,8 @@ void FillTraits(const InstanceTable& vk, const Probed& probed, FeatureChain& fea
                                               device.limits.maxComputeWorkGroupSize[0]);
   traits.max_workgroup_count = std::min(device.limits.maxComputeWorkGroupCount[0],
                                         device.limits.maxComputeWorkGroupCount[1]);
+  // LP_MAX_TGSI_LOOP_ITERATIONS of Mesa: what is left of a loop then does not run, silently.
+  if (probed.vulkan12.driverID == VK_DRIVER_ID_MESA_LLVMPIPE) traits.max_loop_iterations = 65535;
   traits.storage_16bit = features.vulkan11.storageBuffer16BitAccess;
   ProbeCooperativeMatrices(vk, features, device);
 }

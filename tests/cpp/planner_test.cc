@@ -302,6 +302,9 @@ void Refusals() {
   traits.storage_16bit = false;
   ExpectRefusal(good, traits, "16-bit");
   traits.storage_16bit = true;
+  traits.max_loop_iterations = 100;
+  ExpectRefusal(good, traits, "loops");
+  traits.max_loop_iterations = 0;
   traits.max_shared_memory = 1024;
   ExpectRefusal(good, traits, "shared memory");
 }
