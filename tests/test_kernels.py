@@ -38,14 +38,17 @@ def call(direction, problem, operands=None, results=None):
     )
     outs = compute(
         *(jnp.asarray(given[slot]) for slot in slots),
-        operands=np.uint32(sum(1 << slot for slot in slots)),
-        results=np.uint32(sum(1 << slot for slot in wanted)),
+        operands=np.uint64(sum(1 << slot for slot in slots)),
+        results=np.uint64(sum(1 << slot for slot in wanted)),
         scale=np.float32(problem.scale),
         soft_cap=np.float32(problem.soft_cap),
         causal=np.int32(problem.causal),
         window_left=np.int32(problem.window[0]),
         window_right=np.int32(problem.window[1]),
         query_tile=np.uint32(0),
+        level_count=np.uint32(0),
+        candidate_share=np.float32(0),
+        floor_share=np.float32(0),
     )
     outs = dict(zip(wanted, (np.asarray(x) for x in outs), strict=True))
     ran = vulkan.last_dispatch()

@@ -16,13 +16,16 @@ import pytest
 from jax_aat import _native, vulkan
 
 ATTRIBUTES = {
-    "operands": np.uint32(0b111),
-    "results": np.uint32(1 << 9 | 1 << 10),
+    "operands": np.uint64(0b111),
+    "results": np.uint64(1 << 9 | 1 << 10),
     "soft_cap": np.float32(0),
     "causal": np.int32(0),
     "window_left": np.int32(-1),
     "window_right": np.int32(-1),
     "query_tile": np.uint32(0),
+    "level_count": np.uint32(0),
+    "candidate_share": np.float32(0),
+    "floor_share": np.float32(0),
 }
 
 # What a failed call raises: the second comes from the C++ dispatch path of a jitted function that
@@ -399,10 +402,10 @@ def test_validation_layers_are_silent():
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
-        ({"operands": np.uint32(0b1111)}, "there are 3 arguments, the attribute says 4"),
-        ({"operands": np.uint32(0b011)}, "v is missing among the arguments"),
-        ({"operands": np.uint32(0b111 | 1 << 15)}, "slot 15 is not among the arguments"),
-        ({"results": np.uint32(1 << 9)}, "logsumexp is missing among the results"),
+        ({"operands": np.uint64(0b1111)}, "there are 3 arguments, the attribute says 4"),
+        ({"operands": np.uint64(0b011)}, "v is missing among the arguments"),
+        ({"operands": np.uint64(0b111 | 1 << 15)}, "slot 15 is not among the arguments"),
+        ({"results": np.uint64(1 << 9)}, "logsumexp is missing among the results"),
         ({"window_left": np.int32(-2)}, "window"),
         ({"soft_cap": np.float32(-1)}, "soft_cap"),
     ],
