@@ -16,8 +16,9 @@ from jax_aat.problem import Operands, Options, Slot
 UNITS = {"float32": 2, "float16": 5, "bfloat16": 5}
 """How far upper halves of float32 may lie apart: sums are taken in another order, and cooperative
 matrices, which serve tiles of 64 and 128 rows where the device has them, round to halves."""
-SHARE = 1e-3
-"""Share of the granules that may lie further apart: candidates change places where they tie."""
+SHARE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-3}
+"""Share of the granules that may lie further apart: candidates change places where they tie, and
+where products of halves make them (an H200: 0.24% in the worst case here)."""
 TINY = 0x1F80
 """Upper half of 2^-64: squares of probabilities that are smaller lose digits, then are 0."""
 SCALE = 0.25
@@ -61,8 +62,9 @@ def assert_alike(operands, options, adaptation):
     for name, shift in (("exact", 16), ("mean", 0)):
         upper = (np.maximum(x >> shift & 0xFFFF, TINY) for x in (ours, theirs))
         apart = np.abs(np.subtract(*upper))
-        wrong = (apart > UNITS[operands[Slot.Q].dtype.name]).sum()
-        assert wrong <= 2 + SHARE * apart.size, f"{name}: {wrong} of {apart.size} differ"
+        dtype = operands[Slot.Q].dtype.name
+        wrong = (apart > UNITS[dtype]).sum()
+        assert wrong <= 2 + SHARE[dtype] * apart.size, f"{name}: {wrong} of {apart.size} differ"
 
 
 @pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2)])
