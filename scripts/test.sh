@@ -23,7 +23,8 @@ export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 step kernels and API under the Vulkan validation layers
 JAX_AAT_VALIDATION=1 pytest -q -n 2 -k "not xla" \
-  tests/test_attention.py tests/test_kernels.py tests/test_runtime.py
+  tests/test_attention.py tests/test_kernels.py tests/test_plan_vulkan.py \
+  tests/test_router_vulkan.py tests/test_runtime.py
 
 step tests
 pytest -q -n 2
