@@ -132,7 +132,7 @@ def draw_changes(table: Rows, path: Path) -> None:
             found = [row for row in table if (row["name"], row["length"]) == (name, length)]
             found.sort(key=lambda row: row["spent"])
             x, y = ([row[key] for row in found] for key in ("spent", "change"))
-            bounds = np.array([row["interval"] for row in found]).T
+            bounds = np.array([row["interval"] for row in found]).reshape(-1, 2).T
             style = "o-" if name == "jax_aat" else "s--"
             line = axes.plot(x, y, style, label=name, markersize=4)[0]
             axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
