@@ -48,6 +48,8 @@ MARGIN = 1.2
 """A level changes only where it would at a price this much less or more as well."""
 _CHUNK = 2**22
 """Elements that the largest array of a chunk of tiles may have."""
+_COPIES = 2**25
+"""The same where summaries are copied for each tile, so that there are not too many chunks."""
 _PART = 1024
 """Rows are counted by so many, and the rest of them."""
 _KEPT = 0x6F00
@@ -210,12 +212,13 @@ def break_even(
 
     shape = (operands[Slot.Q].shape[0], grid.lists, subqueries(grid)[0])
     # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
-    a_tile = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates))
+    a_tile, chunk = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates)), _CHUNK
     if judged < grid.super_tiles:
         # Summaries are copied for each tile.
         granule = operands[Slot.Q].shape[-1] * (2 + 2 * GRANULE // FINE)
         a_tile = math.prod(shape[:2]) * judged * SUPER_TILE // GRANULE * granule
-    size = max(1, min(grid.tiles, _CHUNK // a_tile))
+        chunk = _COPIES
+    size = max(1, min(grid.tiles, chunk // a_tile))
     chunks = -(-grid.tiles // size)
     tiles = jnp.minimum(jnp.arange(chunks * size), grid.tiles - 1).reshape(chunks, size)
     found = lax.map(of_tiles, tiles)
