@@ -56,11 +56,10 @@ using uint = std::uint32_t;
 #define OPERAND_PREVIOUS_LEVELS 34
 #define OPERAND_DELTA 35           // float32 [batch, queries, query_heads]: sum(dout * out) - dlse
 #define OPERAND_KEY_SUMMARIES 36
-#define OPERAND_QUERY_SUMMARIES 37
-#define OPERAND_ROUTER_SCRATCH 38
-#define OPERAND_HISTOGRAM 39       // of prices (plan_price.comp)
-#define OPERAND_SEGMENT_RANGES 40  // smallest and largest ids (common/boundary.glsl)
-#define OPERAND_COUNT 41
+#define OPERAND_ROUTER_SCRATCH 37
+#define OPERAND_HISTOGRAM 38       // of prices (plan_price.comp)
+#define OPERAND_SEGMENT_RANGES 39  // smallest and largest ids (common/boundary.glsl)
+#define OPERAND_COUNT 40
 
 #define MAX_BATCH_AXES 4
 
