@@ -121,7 +121,7 @@ def ours(case: Case, arrays: list[np.ndarray], backward: bool) -> Pass:
     attention = partial(jax_aat.tiled_attention, is_causal=case.causal, implementation="vulkan")
     operands = [jnp.asarray(x, case.dtype) for x in arrays]
     start, _ = jax_pass(attention, operands, backward)
-    jax_aat.set_timing(True)
+    jax_aat.set_timing(True, by_kernel=False)
     forward_milliseconds = 0.0
     if backward:
         forward = ours(case, arrays, backward=False)

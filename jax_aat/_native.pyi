@@ -15,6 +15,7 @@ class Traits(TypedDict):
     max_shared_memory: int
     max_workgroup_invocations: int
     max_workgroup_count: int
+    max_score_gradient_bytes: int
     storage_16bit: bool
     coopmat_float16: bool
     coopmat_bfloat16: bool
@@ -98,8 +99,8 @@ class Plan(TypedDict):
 def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan:
     """The plan of a device for plain calls of a pass, 'forward', 'tangent' or 'backward'."""
 
-def set_timing(enabled: bool) -> None:
-    """Times the kernels of later calls, or no longer."""
+def set_timing(enabled: bool, by_kernel: bool = True) -> None:
+    """Times the kernels of later calls, or the calls as a whole, or no longer."""
 
 def memory_stats() -> MemoryStatistics:
     """Memory that the default device's context holds; zeros before the first call."""

@@ -82,7 +82,7 @@ class Dispatch:
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
       kernel_milliseconds: Time of each kernel by the device's timestamps; None unless `set_timing`
-        was on. Kernels with no barrier between them overlap, and so do their times.
+        was on for kernels.
       elapsed_milliseconds: Time from the start of the first kernel to the end of the last;
         None likewise.
     """
@@ -174,14 +174,19 @@ def last_dispatch() -> Dispatch | None:
     )
 
 
-def set_timing(enabled: bool) -> None:
-    """Times the kernels of later calls by timestamps of the device, or no longer.
+def set_timing(enabled: bool, *, by_kernel: bool = True) -> None:
+    """Times later calls by timestamps of the device, or no longer.
+
+    Args:
+      enabled: Whether to time them.
+      by_kernel: Whether to time each kernel, for which it waits for the one before it; else only
+        the call as a whole, which then runs as it does untimed.
 
     Raises:
       RuntimeError: There is no native module.
     """
     _require_native()
-    _native.set_timing(enabled)
+    _native.set_timing(enabled, by_kernel)
 
 
 def problem() -> str:

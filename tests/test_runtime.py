@@ -162,6 +162,19 @@ def test_timing_gives_a_time_for_every_dispatch():
     assert len(record["kernel_milliseconds"]) == len(record["shaders"])
     assert all(time >= 0 for time in record["kernel_milliseconds"])
     assert sum(record["kernel_milliseconds"]) > 0
+    assert record["elapsed_milliseconds"] >= max(record["kernel_milliseconds"])
+
+
+def test_timing_of_a_call_as_a_whole():
+    arrays = inputs()
+    _native.set_timing(True, by_kernel=False)
+    try:
+        attend(*arrays)[0].block_until_ready()
+        record = _native.last_dispatch()
+    finally:
+        _native.set_timing(False)
+    assert record["kernel_milliseconds"] is None
+    assert record["elapsed_milliseconds"] > 0
 
 
 def test_memory_is_reused_and_trimmed():

@@ -53,6 +53,7 @@ nb::dict TraitsDict(const DeviceTraits& traits) {
   dict["max_shared_memory"] = traits.max_shared_memory;
   dict["max_workgroup_invocations"] = traits.max_workgroup_invocations;
   dict["max_workgroup_count"] = traits.max_workgroup_count;
+  dict["max_score_gradient_bytes"] = traits.max_score_gradient_bytes;
   dict["storage_16bit"] = traits.storage_16bit;
   dict["coopmat_float16"] = traits.coopmat_float16;
   dict["coopmat_bfloat16"] = traits.coopmat_bfloat16;
@@ -148,7 +149,8 @@ std::optional<nb::dict> LastDispatchDict() {
   dict["flops"] = nb::cast(record->flops);
   dict["imported_bytes"] = record->imported_bytes;
   dict["staged_bytes"] = record->staged_bytes;
-  dict["kernel_milliseconds"] = times ? nb::cast(times->milliseconds) : nb::none();
+  dict["kernel_milliseconds"] =
+      times && !times->milliseconds.empty() ? nb::cast(times->milliseconds) : nb::none();
   dict["elapsed_milliseconds"] = times ? nb::cast(times->elapsed_milliseconds) : nb::none();
   return dict;
 }
@@ -241,7 +243,7 @@ NB_MODULE(_native, m) {
   m.def("last_dispatch", LastDispatchDict);
   m.def("example_plan", ExamplePlanDict, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("head_dim"));
-  m.def("set_timing", SetTiming, nb::arg("enabled"));
+  m.def("set_timing", SetTiming, nb::arg("enabled"), nb::arg("by_kernel") = true);
   m.def("memory_stats", MemoryStats);
   m.def("trim_memory", TrimMemory, ReleaseGil());
   m.def("validation_messages", ValidationMessages);

@@ -9,26 +9,33 @@
 namespace jax_aat {
 namespace {
 
-std::atomic<bool> enabled = false;
+enum class Timing { kOff, kByCall, kByKernel };
+std::atomic<Timing> timing = Timing::kOff;
 
 }  // namespace
 
-bool TimingEnabled() { return enabled; }
-void SetTiming(bool on) { enabled = on; }
+void SetTiming(bool enabled, bool by_kernel) {
+  timing = !enabled ? Timing::kOff : by_kernel ? Timing::kByKernel : Timing::kByCall;
+}
 
 std::shared_ptr<Timestamps> Timestamps::IfEnabled(std::shared_ptr<Context> context,
                                                   std::size_t dispatches) {
-  if (!TimingEnabled() || context->device().physical().timestamp_bits == 0) return nullptr;
-  return std::make_shared<Timestamps>(std::move(context), dispatches);
+  const Timing chosen = timing;
+  if (chosen == Timing::kOff || dispatches == 0 ||
+      context->device().physical().timestamp_bits == 0) {
+    return nullptr;
+  }
+  return std::make_shared<Timestamps>(std::move(context), dispatches, chosen == Timing::kByKernel);
 }
 
-Timestamps::Timestamps(std::shared_ptr<Context> context, std::size_t dispatches)
+Timestamps::Timestamps(std::shared_ptr<Context> context, std::size_t dispatches, bool by_kernel)
     : context_(std::move(context)),
       dispatches_(dispatches),
+      by_kernel_(by_kernel),
       queries_(context_->device()),
-      results_(context_->memory().Allocate(Purpose::kMetrics, dispatches * 2 * sizeof(uint64_t))) {
+      results_(context_->memory().Allocate(Purpose::kMetrics, queries() * sizeof(uint64_t))) {
   const Device& device = context_->device();
-  const auto count = static_cast<std::uint32_t>(dispatches * 2);
+  const auto count = static_cast<std::uint32_t>(queries());
   const VkQueryPoolCreateInfo info = {
       .sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
       .queryType = VK_QUERY_TYPE_TIMESTAMP,
@@ -48,11 +55,15 @@ Timestamps::~Timestamps() {
 }
 
 void Timestamps::RecordStart(VkCommandBuffer commands, std::size_t dispatch) const {
-  Write(commands, dispatch * 2);
+  if (by_kernel_ || dispatch == 0) Write(commands, dispatch * 2);
 }
 
 void Timestamps::RecordEnd(VkCommandBuffer commands, std::size_t dispatch) const {
-  Write(commands, dispatch * 2 + 1);
+  if (by_kernel_) {
+    Write(commands, dispatch * 2 + 1);
+  } else if (dispatch + 1 == dispatches_) {
+    Write(commands, 1);
+  }
 }
 
 void Timestamps::Write(VkCommandBuffer commands, std::size_t query) const {
@@ -63,7 +74,7 @@ void Timestamps::Write(VkCommandBuffer commands, std::size_t query) const {
 void Timestamps::RecordResults(VkCommandBuffer commands) const {
   const Device& device = context_->device();
   device.vk().CmdCopyQueryPoolResults(
-      commands, queries_.get(), 0, static_cast<std::uint32_t>(dispatches_ * 2), results_.buffer(),
+      commands, queries_.get(), 0, static_cast<std::uint32_t>(queries()), results_.buffer(),
       results_.offset(), sizeof(std::uint64_t), VK_QUERY_RESULT_64_BIT | VK_QUERY_RESULT_WAIT_BIT);
   RecordBarrier(device, commands, VK_PIPELINE_STAGE_2_COPY_BIT, VK_ACCESS_2_TRANSFER_WRITE_BIT,
                 VK_PIPELINE_STAGE_2_HOST_BIT, VK_ACCESS_2_HOST_READ_BIT);
@@ -72,7 +83,7 @@ void Timestamps::RecordResults(VkCommandBuffer commands) const {
 KernelTimes Timestamps::Times() const {
   const Device& device = context_->device();
   device.Wait(done_);
-  std::vector<std::uint64_t> ticks(dispatches_ * 2);
+  std::vector<std::uint64_t> ticks(queries());
   std::memcpy(ticks.data(), results_.mapped(), ticks.size() * sizeof(std::uint64_t));
   const std::uint32_t bits = device.physical().timestamp_bits;
   const std::uint64_t mask = bits >= 64 ? UINT64_MAX : (std::uint64_t{1} << bits) - 1;
@@ -81,10 +92,10 @@ KernelTimes Timestamps::Times() const {
     return static_cast<double>((ticks[end] - ticks[start]) & mask) * period;
   };
   KernelTimes times;
-  for (std::size_t i = 0; i < dispatches_; ++i) {
+  for (std::size_t i = 0; by_kernel_ && i < dispatches_; ++i) {
     times.milliseconds.push_back(between(i * 2, i * 2 + 1));
   }
-  if (dispatches_ > 0) times.elapsed_milliseconds = between(0, dispatches_ * 2 - 1);
+  times.elapsed_milliseconds = between(0, ticks.size() - 1);
   return times;
 }
 

@@ -1,4 +1,4 @@
-// Times of the dispatches of one call, by timestamps of the device around each of them.
+// Times of the dispatches of one call, or of the call, by timestamps of the device around them.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,13 @@
 
 namespace jax_aat {
 
-// Off at the start; calls that run while it is off pay nothing.
-bool TimingEnabled();
-void SetTiming(bool enabled);
+// Off at the start; calls that run while it is off pay nothing. By kernel, each dispatch waits for
+// the one before it; else the call runs as it does untimed.
+void SetTiming(bool enabled, bool by_kernel);
 
 struct KernelTimes {
-  // Of each dispatch. Those without a barrier between them overlap, and so do their times.
-  std::vector<double> milliseconds;
-  double elapsed_milliseconds = 0;  // from the start of the first to the end of the last
+  std::vector<double> milliseconds;  // of each dispatch; empty if not timed by kernel
+  double elapsed_milliseconds = 0;   // from the start of the first to the end of the last
 };
 
 class Timestamps {
@@ -25,7 +24,7 @@ class Timestamps {
   // For a call of so many dispatches; null while timing is off or the device has no timestamps.
   static std::shared_ptr<Timestamps> IfEnabled(std::shared_ptr<Context> context,
                                                std::size_t dispatches);
-  Timestamps(std::shared_ptr<Context> context, std::size_t dispatches);
+  Timestamps(std::shared_ptr<Context> context, std::size_t dispatches, bool by_kernel);
   // Waits until the device has written them.
   ~Timestamps();
   Timestamps(const Timestamps&) = delete;
@@ -42,9 +41,11 @@ class Timestamps {
 
  private:
   void Write(VkCommandBuffer commands, std::size_t query) const;
+  std::size_t queries() const { return by_kernel_ ? 2 * dispatches_ : 2; }
 
   const std::shared_ptr<Context> context_;
   const std::size_t dispatches_;
+  const bool by_kernel_;
   QueryPoolHandle queries_;
   Block results_;
   TimelinePoint done_;
