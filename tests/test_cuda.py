@@ -90,5 +90,9 @@ with jax.default_matmul_precision("highest"):
         assert dispatch.platform == "cuda" and dispatch.imported_bytes == 0
         assert dispatch.staged_bytes > 4 * args[0].nbytes
 """
-    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": allocator}
+    # What this process holds of the GPU is not to be had twice.
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_ALLOCATOR": allocator,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",
+    }
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)

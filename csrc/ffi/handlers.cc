@@ -69,11 +69,12 @@ ffi::Error OnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, CallAttribut
 }
 
 template <Pass pass>
-ffi::Error OnCuda(cuda::Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                  CallAttributes attributes) {
+ffi::Error OnCuda(cuda::Stream stream, ffi::ScratchAllocator scratch, ffi::RemainingArgs args,
+                  ffi::RemainingRets rets, CallAttributes attributes) {
   return Guarded([&] {
     const AttentionCall call = MakeCall(pass, attributes, args, rets);
-    RunOnCuda(call.problem, call.buffers, stream);
+    RunOnCuda(call.problem, call.buffers, stream,
+              [&](std::uint64_t bytes) { return scratch.Allocate(bytes).value_or(nullptr); });
   });
 }
 
@@ -84,6 +85,7 @@ auto HostBinding() {
 auto CudaBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::PlatformStream<cuda::Stream>>()
+      .Ctx<ffi::ScratchAllocator>()
       .RemainingArgs()
       .RemainingRets()
       .Attrs<CallAttributes>();

@@ -144,13 +144,19 @@ class CudaOperands {
 
 }  // namespace
 
-void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers,
-               cuda::Stream stream) {
+void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, cuda::Stream stream,
+               const std::function<void*(std::uint64_t)>& allocate_scratch) {
   const cuda::CurrentContext current(stream);
   const std::shared_ptr<Context> context =
       Runtime::Get().Acquire(DeviceIndex(current.DeviceUuid()));
-  const DispatchPlan plan = PlanAttention(problem, context->traits());
   CudaBridge& bridge = context->Companion<CudaBridge>();
+  // Calls of a stream follow each other, so they can share scratch that XLA hands out in its order.
+  PreparedPlan prepared = context->Prepare(problem, [&](std::uint64_t bytes) -> VkDeviceAddress {
+    void* scratch = bridge.memory.imports() ? allocate_scratch(bytes) : nullptr;
+    if (scratch == nullptr) return 0;
+    return bridge.memory.Find(reinterpret_cast<cuda::DevicePointer>(scratch), bytes).value_or(0);
+  });
+  const DispatchPlan plan = prepared.plan;
   StreamState& state = bridge.StateOf(stream);
 
   const std::lock_guard lock(state.mutex);
@@ -158,7 +164,7 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers,
   const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
   operands.CopyIn();
   state.channel.Turn([&](const TimelinePoint& ready, const TimelinePoint& done) {
-    context->Run(plan, operands.addresses(),
+    context->Run(std::move(prepared), operands.addresses(),
                  {.waits = {&ready, 1}, .signals = {&done, 1}, .timestamps = timestamps.get()});
   });
   operands.CopyOut();

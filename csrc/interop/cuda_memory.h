@@ -16,6 +16,9 @@ class CudaMemory {
  public:
   explicit CudaMemory(const Device& device);
 
+  // Whether anything can be imported at all.
+  bool imports() const { return arena_; }
+
   // The device address under which Vulkan sees `bytes` bytes at `pointer`; empty where the
   // allocation cannot be imported and must be copied.
   std::optional<VkDeviceAddress> Find(cuda::DevicePointer pointer, std::uint64_t bytes);

@@ -152,10 +152,11 @@ class HostOperands {
 void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
   Runtime& runtime = Runtime::Get();
   const std::shared_ptr<Context> context = runtime.Acquire(runtime.default_device());
-  const DispatchPlan plan = PlanAttention(problem, context->traits());
+  PreparedPlan prepared = context->Prepare(problem);
+  const DispatchPlan plan = prepared.plan;
   const HostOperands operands(*context, buffers);
   const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
-  const TimelinePoint done = context->Run(plan, operands.addresses(),
+  const TimelinePoint done = context->Run(std::move(prepared), operands.addresses(),
                                           {
                                               .copies_in = operands.copies_in(),
                                               .copies_out = operands.copies_out(),

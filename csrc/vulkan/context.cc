@@ -40,6 +40,9 @@ Context::Context(const Instance& instance, const PhysicalDevice& physical)
     queues_.push_back(std::make_unique<Queue>(device_, i));
   }
   traits_.coopmat_layout_known = ProbeCoopmatLayout();
+  // Several calls may be on their way at once.
+  traits_.max_score_gradient_bytes =
+      std::min(traits_.max_score_gradient_bytes, memory_.limit() / 4);
 }
 
 bool Context::ProbeCoopmatLayout() {
@@ -62,9 +65,31 @@ Context::~Context() {
   device_.vk().DeviceWaitIdle(device_.handle());
 }
 
-TimelinePoint Context::Run(const DispatchPlan& plan, const OperandAddresses& addresses,
+PreparedPlan Context::Prepare(const AttentionProblem& problem,
+                              const std::function<VkDeviceAddress(std::uint64_t)>& lent) {
+  DeviceTraits traits = traits_;
+  while (true) {
+    PreparedPlan prepared = {.plan = PlanAttention(problem, traits)};
+    const std::uint64_t bytes = prepared.plan.scratch_bytes;
+    if (bytes == 0) return prepared;
+    if (lent) prepared.scratch = lent(bytes);
+    if (prepared.scratch != 0) return prepared;
+    try {
+      prepared.block = memory_.Allocate(Purpose::kState, bytes);
+      prepared.scratch = prepared.block->address();
+      return prepared;
+    } catch (const Error& error) {
+      const bool can_do_with_less = prepared.plan.params.score_gradient_heads > 0;
+      if (error.kind() != ErrorKind::kOutOfMemory || !can_do_with_less) throw;
+      traits.max_score_gradient_bytes = 0;
+    }
+  }
+}
+
+TimelinePoint Context::Run(PreparedPlan prepared, const OperandAddresses& addresses,
                            const Surroundings& around) {
   device_.RequireAlive();
+  const DispatchPlan& plan = prepared.plan;
   std::vector<VkPipeline> pipelines;
   for (const Dispatch& dispatch : plan.dispatches) {
     if (*std::ranges::max_element(dispatch.groups) > traits().max_workgroup_count) {
@@ -73,14 +98,8 @@ TimelinePoint Context::Run(const DispatchPlan& plan, const OperandAddresses& add
     }
     pipelines.push_back(pipelines_.Get(dispatch));
   }
-  Block scratch;
-  VkDeviceAddress scratch_address = 0;
-  if (plan.scratch_bytes > 0) {
-    scratch = memory_.Allocate(Purpose::kState, plan.scratch_bytes);
-    scratch_address = scratch.address();
-  }
   Block parameters = memory_.Allocate(Purpose::kParameters, sizeof(AttentionParams));
-  const AttentionParams params = WithAddresses(plan, addresses, scratch_address);
+  const AttentionParams params = WithAddresses(plan, addresses, prepared.scratch);
   std::memcpy(parameters.mapped(), &params, sizeof(params));
 
   Queue& queue = LeastLoadedQueue();
@@ -89,7 +108,7 @@ TimelinePoint Context::Run(const DispatchPlan& plan, const OperandAddresses& add
   const TimelinePoint done = queue.Submit(std::move(slot), around.waits, around.signals);
   if (around.timestamps != nullptr) around.timestamps->Submitted(done);
   std::move(parameters).ReleaseAt(done);
-  if (plan.scratch_bytes > 0) std::move(scratch).ReleaseAt(done);
+  if (prepared.block) std::move(*prepared.block).ReleaseAt(done);
   return done;
 }
 
@@ -122,14 +141,15 @@ void Context::Record(VkCommandBuffer commands, const DispatchPlan& plan,
   if (!around.copies_in.empty()) {
     RecordBarrier(device_, commands, kCopy, kCopyWrite, kCompute, kShaderRead | kShaderWrite);
   }
-  vk.CmdPushConstants(commands, pipelines_.layout(), VK_SHADER_STAGE_COMPUTE_BIT, 0,
-                      sizeof(parameters), &parameters);
   for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
     const Dispatch& dispatch = plan.dispatches[i];
     if (dispatch.barrier_before) {
       RecordBarrier(device_, commands, kCompute, kShaderWrite, kCompute,
                     kShaderRead | kShaderWrite);
     }
+    const PushConstants push = {parameters, dispatch.first_head, dispatch.heads};
+    vk.CmdPushConstants(commands, pipelines_.layout(), VK_SHADER_STAGE_COMPUTE_BIT, 0, sizeof(push),
+                        &push);
     vk.CmdBindPipeline(commands, VK_PIPELINE_BIND_POINT_COMPUTE, pipelines[i]);
     if (around.timestamps != nullptr) around.timestamps->RecordStart(commands, i);
     vk.CmdDispatch(commands, dispatch.groups[0], dispatch.groups[1], dispatch.groups[2]);

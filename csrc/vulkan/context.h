@@ -4,8 +4,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -39,6 +41,13 @@ struct Surroundings {
   Timestamps* timestamps = nullptr;  // times the dispatches
 };
 
+// A plan with the scratch that it takes: a block of the context's, or somebody else's.
+struct PreparedPlan {
+  DispatchPlan plan;
+  VkDeviceAddress scratch = 0;
+  std::optional<Block> block;
+};
+
 class Context {
  public:
   Context(const Instance& instance, const PhysicalDevice& physical);
@@ -49,9 +58,14 @@ class Context {
   const DeviceTraits& traits() const { return traits_; }
   MemoryManager& memory() { return memory_; }
 
+  // Plans a call within the memory that can be had. `lent` may give scratch of so many bytes that
+  // is its caller's, in order with the submission; where it answers 0 the context takes its own.
+  PreparedPlan Prepare(const AttentionProblem& problem,
+                       const std::function<VkDeviceAddress(std::uint64_t)>& lent = {});
+
   // Submits the plan and returns without waiting for it; the point is reached when everything is
-  // done. Scratch and parameter block are the context's own.
-  TimelinePoint Run(const DispatchPlan& plan, const OperandAddresses& addresses,
+  // done. The parameter block is the context's own.
+  TimelinePoint Run(PreparedPlan prepared, const OperandAddresses& addresses,
                     const Surroundings& around);
 
   // What the interop layer keeps for the context's life: one object, made when first asked for and
