@@ -5,12 +5,21 @@
 #include "common/coopmat_key_tile.glsl"
 #include "common/coopmat_rounding.glsl"
 #include "common/coopmat_scores.glsl"
+#include "common/score_gradients.glsl"
 
 // Factors of the next products, loaded before the barrier in front of these: 2 to 5% faster.
 const uint AHEAD = HEAD_DIM <= 64 ? 1 : 2;
 
+const bool STORES_GRADIENTS = (FEATURES & FEATURE_SCORE_GRADIENTS) != 0;
+
 KeyTile tile;
 float to_log2;
+
+// Where dS of the key/value head is stored; of that the tiles of queries of a chunk, and the first
+// vector of this lane in a tile.
+uvec2 gradients;
+uint query_tiles, query_tile_vectors, lane_vector;
+uint stored_granules[2][BLOCK_GRANULES];  // of queries: of the block at work, and of the next
 Left k[ROW_TILES][DIM_TILES], v[ROW_TILES][DIM_TILES];
 Accumulator dk[ROW_TILES][DIM_TILES], dv[ROW_TILES][DIM_TILES];
 
@@ -95,9 +104,32 @@ void load_next_queries(uint q_start, uint g) {
   [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_columns(next_q_ahead[d], q_start, g + 1, d);
 }
 
+// At the begin of a step, when `next_granules` are those of the one after it.
+void name_stored_granules() {
+  [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
+    stored_granules[0][g] = stored_granules[1][g];
+    stored_granules[1][g] = next_granules[g * GRANULE_ROWS / FETCH_ROWS];
+  }
+}
+
+// Nothing here comes from global memory: a wait for it would cost a third of the speed. Names passed
+// on through shared memory cost 2%.
+void store_gradients(Step current, uint granule, uvec4 packed[ROW_TILES]) {
+  if (granule == NO_GRANULE) return;
+  uint query_granule = granule / GRANULE_POSITIONS;
+  uint query_tile = current.first_head / TILE_HEADS * query_tiles +
+                    query_granule / GRADIENT_TILE_GRANULES;
+  uint at = query_tile * query_tile_vectors +
+            query_granule % GRADIENT_TILE_GRANULES * MATRIX_VECTORS + lane_vector;
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    Quads(gradients).quad[at + granule_vectors(t)] = packed[t];
+  }
+}
+
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_step(Walk walk, uint step, Step current, bool mixed) {
   begin_step(walk);
+  if (STORES_GRADIENTS) name_stored_granules();
   uint q_start = stage_start(step), dout_start = q_start + OPERAND_VECTORS;
   uint state_start = (step & 1) * BLOCK_ROWS;
   [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
@@ -184,6 +216,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
     }
     [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(q_ahead[d], q_start, g, d);
     Left ds[ROW_TILES];
+    uvec4 packed[ROW_TILES];
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
       uint at = state_start + g * 16 + lane_column(i % LANE_COLUMNS);
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
@@ -195,8 +228,10 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
         ElementPair pair = ElementPair(gradient);
         ds[t][i] = pair.x;
         ds[t][i + 1] = pair.y;
+        if (STORES_GRADIENTS) packed[t][i / 2] = packed_gradients(gradient);
       }
     }
+    if (STORES_GRADIENTS) store_gradients(current, stored_granules[0][g], packed);
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       Right q;
       if (d < AHEAD) {
@@ -252,6 +287,13 @@ void main() {
   if (subgroupAny(!locate_key_tile(tile))) return;
   set_scores(tile.kv_head * (PARAMS.query_heads / PARAMS.kv_heads));
   to_log2 = score_factor();
+  if (STORES_GRADIENTS) {
+    gradients = gradients_of(tile.kv_head);
+    query_tiles = gradient_tiles(PARAMS.queries * TILE_HEADS);
+    query_tile_vectors = gradient_tile_vectors();
+    lane_vector = granule_vectors((tile.first_key + subgroup_row(0)) / GRANULE_ROWS) +
+                  gl_SubgroupInvocationID;
+  }
   View k_view = view_of(COARSE_TILE ? OPERAND_COARSE_K : OPERAND_K, tile.kv_head, 1);
   View v_view = view_of(COARSE_TILE ? OPERAND_COARSE_V : OPERAND_V, tile.kv_head, 1);
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
@@ -272,6 +314,11 @@ void main() {
   }
 
   Walk walk = start_walk(tile);
+  if (STORES_GRADIENTS && walk.blocks > 0) {
+    [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
+      stored_granules[1][g] = walk.entries.entry[walk.first_entry + g];
+    }
+  }
   if (has(FEATURE_PLAN)) {
     attend_listed_tiles(walk);
   } else {

@@ -174,17 +174,5 @@ void main() {
     if (!has(FEATURE_DQ)) return;
   }
 
-  View dq_view = view_of(OPERAND_DQ, tile.first_head, 1);
-  float factor = slope_factor() * truncation_gain();
-  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
-        dq[t][d][i] = rounded(dq[t][d][i] * factor);
-      }
-      coopMatStore(Rounded(dq[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
-    }
-    barrier();
-    exchange_out(dq_view, tile, t);
-    barrier();
-  }
+  store_sums(view_of(OPERAND_DQ, tile.first_head, 1), tile, dq, slope_factor() * truncation_gain());
 }

@@ -60,7 +60,9 @@ def test_passes(name, dtype):
     wanted = [Slot.DQ, Slot.DK, Slot.DV]
     gradients = backward(problem, out, logsumexp, cotangents, wanted)
     ran = vulkan.last_dispatch().kernels
-    assert any(kernel.startswith("attend_backward_dq_coopmat") for kernel in ran)
+    # Which score gradients are stored, kernels tell from positions alone.
+    dq = "dq_coopmat" if name in ("mask", "segments") else "dq_stored_coopmat"
+    assert any(kernel.startswith(f"attend_backward_{dq}") for kernel in ran)
     assert any(kernel.startswith("attend_backward_dkv_coopmat") for kernel in ran)
     for slot, reference in zip(wanted, expected.backward(*cotangents.values()), strict=False):
         assert relative_error(gradients[slot], reference) <= derivative_tolerance, slot
@@ -111,6 +113,33 @@ def test_weights_out_of_the_range_of_the_fast_pass(scores, dtype, head_dim):
     assert relative_error(out[0], expected.out[0]) <= TOLERANCE[dtype][0]
     assert relative_error(logsumexp, expected.logsumexp) <= 2e-5
     np.testing.assert_array_equal(out[1], plain[1])
+
+
+def test_heads_take_turns_where_there_is_no_room_for_all_score_gradients():
+    require_matrices("bfloat16")
+    length = 2048
+    room = vulkan.default_device().traits["max_score_gradient_bytes"] // (2 * length**2)
+    heads = room + 5
+    sizes = dict(dtype="bfloat16", head_dim=128, queries=length, keys=length, batch=(1,))
+    problem = make(**sizes, heads=heads, kv_heads=heads)
+    wanted = [Slot.DQ, Slot.DK, Slot.DV]
+
+    def gradients(problem):
+        out, logsumexp = forward(problem)
+        cotangent = np.roll(problem.v, 1, axis=1)
+        found = backward(problem, out, logsumexp, {Slot.DOUT: cotangent}, wanted)
+        kernels = vulkan.last_dispatch().kernels
+        return found, sum(kernel.startswith("attend_backward_dq_stored") for kernel in kernels)
+
+    together, steps = gradients(problem)
+    assert steps == 3
+    for first in (0, room // 2 - 2, heads - 4):
+        part = slice(first, first + 4)
+        some = replace(problem, **{x: getattr(problem, x)[:, :, part] for x in ("q", "k", "v")})
+        alone, steps = gradients(some)
+        assert steps == 1
+        for slot in wanted:
+            np.testing.assert_array_equal(together[slot][:, :, part], alone[slot])
 
 
 def test_nan_stays_in_its_row():

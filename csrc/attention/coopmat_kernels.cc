@@ -1,5 +1,7 @@
 // Shapes of the cooperative-matrix kernels (shaders/common/coopmat_rows.glsl); docs/kernels.md says
 // what was measured to choose them.
+#include <algorithm>
+
 #include "attention/kernels.h"
 #include "attention/plan_shape.h"
 
@@ -10,10 +12,11 @@ constexpr std::uint32_t kSubgroupSize = 32;
 constexpr std::uint32_t kMaxHeadDim = 128;
 constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
 
-// Upper bound of what a kernel declares.
-std::uint32_t SharedBytes(const KernelShape& shape, std::uint32_t head_dim) {
-  const std::uint32_t row_bytes = (head_dim + 15) / 16 * 32 + 16;
-  const std::uint32_t stages = 4 * shape.block_rows * row_bytes;
+// Upper bound of what a kernel declares whose staged rows have at most so many columns.
+std::uint32_t SharedBytes(Kernel kernel, const KernelShape& shape, std::uint32_t columns) {
+  const std::uint32_t row_bytes = (columns + 15) / 16 * 32 + 16;
+  const std::uint32_t stages =
+      (kernel == Kernel::kBackwardDqStored ? 2 : 4) * shape.block_rows * row_bytes;
   const std::uint32_t exchange = shape.threads / kSubgroupSize * 16 * row_bytes;
   const std::uint32_t states = 4 * shape.block_rows * 8;
   return (stages > exchange ? stages : exchange) + states;
@@ -33,6 +36,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   }
   const bool narrow = head_dim <= 64;
   KernelShape shape;
+  std::uint32_t columns = head_dim;
   switch (kernel) {
     case Kernel::kForward:
       shape = {"attend_forward_coopmat", 128, 128, narrow ? 64u : 32u};
@@ -40,6 +44,14 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
       break;
     case Kernel::kBackwardDq:
       shape = {"attend_backward_dq_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
+      break;
+    case Kernel::kBackwardDqStored:
+      // Which gradients are stored, the kernel tells from positions alone. Up to 64 columns the two
+      // products that it saves cost less than storing.
+      if (problem.features & (FEATURE_PLAN | FEATURE_MASK | FEATURE_SEGMENTS)) return std::nullopt;
+      if (narrow) return std::nullopt;
+      shape = {"attend_backward_dq_stored_coopmat", 128, 128, 64};
+      columns = std::max(head_dim, shape.tile_rows);
       break;
     case Kernel::kBackwardDkv:
       shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
@@ -54,7 +66,7 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
     if (rows > PlanTileRows(problem.params)) return std::nullopt;
   }
   shape.required_subgroup_size = kSubgroupSize;
-  if (SharedBytes(shape, head_dim) > traits.max_shared_memory ||
+  if (SharedBytes(kernel, shape, columns) > traits.max_shared_memory ||
       shape.threads > traits.max_workgroup_invocations) {
     return std::nullopt;
   }

@@ -21,6 +21,7 @@ struct DeviceTraits {
   std::uint32_t max_workgroup_count = 65535;  // along x and y
   // Of all loops of an invocation together, after which the driver ends them; 0: no such limit.
   std::uint32_t max_loop_iterations = 0;
+  std::uint64_t max_score_gradient_bytes = 0;  // scratch that a backward pass may take for dS
   bool storage_16bit = false;
   // 16x16x16 cooperative matrices at subgroup scope, float32 accumulation, on 32-lane subgroups.
   bool coopmat_float16 = false;
@@ -34,6 +35,9 @@ struct Dispatch {
   std::vector<std::uint32_t> specialization;  // value of constant_id i at index i
   std::uint32_t required_subgroup_size = 0;   // 0: the device's own
   std::array<std::uint32_t, 3> groups = {1, 1, 1};
+  // Of kernels whose workgroups own a tile of a head, counted over all batch entries.
+  std::uint32_t first_head = 0;
+  std::uint32_t heads = 0;
   bool barrier_before = false;  // reads what an earlier dispatch of the plan wrote
   // Of its matrix products, over what causality and window leave; NaN where a plan decides.
   double flops = 0;

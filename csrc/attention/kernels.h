@@ -9,7 +9,14 @@
 
 namespace jax_aat {
 
-enum class Kernel { kForward, kTangent, kBackwardDq, kBackwardDkv, kBackwardDbias };
+enum class Kernel {
+  kForward,
+  kTangent,
+  kBackwardDq,
+  kBackwardDqStored,  // from score gradients that the kernel of dk and dv has stored
+  kBackwardDkv,
+  kBackwardDbias,
+};
 
 // How one kernel is run: the tile that a workgroup owns, and the threads that share it.
 struct KernelShape {

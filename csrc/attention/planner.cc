@@ -23,6 +23,10 @@ constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kListThreads = 64;
 constexpr std::uint64_t kListStep = 4;  // LIST_STEP of shaders/common/work_list.glsl
 constexpr std::uint32_t kDeltaThreads = 64;
+// Tiles of keys that a step must have where score gradients are stored for some heads at a time: a
+// GPU is to be full until its end, and with causality the longest tile is twice as long as most.
+constexpr std::uint64_t kStep = 256;
+constexpr std::uint64_t kCausalStep = 1024;
 
 constexpr std::uint32_t kScoreFeatures =
     kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
@@ -97,8 +101,10 @@ class Planner {
         wants_queries || Has(FEATURE_DK | FEATURE_DCOARSE_K | FEATURE_DBIAS);
     const double value_products = Has(FEATURE_DOUT) ? 2 : 0;
     KernelShape dq_shape, dkv_shape;
+    bool stores_score_gradients = false;
     if (wants_queries) {
       dq_shape = Choose(Kernel::kBackwardDq);
+      if (Has(FEATURE_DK)) stores_score_gradients = StoreScoreGradients(dq_shape);
       AddLists(dq_shape, /*transposed=*/false);
     }
     if (wants_keys || wants_coarse_rows) {
@@ -108,20 +114,25 @@ class Planner {
     if (wants_score_gradient) AddDelta();
     builder_.AddBarrier();
     const std::uint32_t cotangents = FEATURE_DOUT | FEATURE_DSHARES;
-    if (wants_queries) {
-      CheckWalk(KeysOfTile(dq_shape));
-      AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
-                QueryTiles(dq_shape), (4 + value_products) * pairs_ * params_.head_dim);
-    }
+    if (wants_queries) CheckWalk(KeysOfTile(dq_shape));
     if (wants_keys || wants_coarse_rows) {
       CheckWalk(std::uint64_t{params_.queries} * (params_.query_heads / params_.kv_heads));
     }
-    if (wants_keys) {
-      const double products =
-          2 + (Has(FEATURE_DK) ? 2 + value_products : 0) + (Has(FEATURE_DV) ? value_products : 0);
-      AddKernel(dkv_shape,
-                (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT | FEATURE_DK | FEATURE_DV,
-                KeyTiles(dkv_shape, params_.keys), products * pairs_ * params_.head_dim);
+    const double key_products =
+        2 + (Has(FEATURE_DK) ? 2 + value_products : 0) + (Has(FEATURE_DV) ? value_products : 0);
+    const std::uint32_t key_features =
+        (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT | FEATURE_DK | FEATURE_DV;
+    if (stores_score_gradients) {
+      AddKernelsOfStoredGradients(dq_shape, dkv_shape, key_features, key_products);
+    } else {
+      if (wants_queries) {
+        AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
+                  QueryTiles(dq_shape), (4 + value_products) * pairs_ * params_.head_dim);
+      }
+      if (wants_keys) {
+        AddKernel(dkv_shape, key_features, KeyTiles(dkv_shape, params_.keys),
+                  key_products * pairs_ * params_.head_dim);
+      }
     }
     if (wants_coarse_rows) {
       std::uint32_t& features = AddKernel(dkv_shape, kScoreFeatures | cotangents,
@@ -132,6 +143,61 @@ class Planner {
       if (Has(FEATURE_DCOARSE_V)) features |= FEATURE_DV;
     }
     if (Has(FEATURE_DBIAS)) AddBiasGradient(cotangents, value_products);
+  }
+
+  // Replaces the kernel of dq by that of stored score gradients, where there is one and room for
+  // what it reads.
+  bool StoreScoreGradients(KernelShape& dq_shape) {
+    const auto stored = ChooseCoopmatKernel(Kernel::kBackwardDqStored, problem_, traits_);
+    if (!stored) return false;
+    constexpr std::uint64_t kTileRows = 128;  // as in shaders/common/score_gradients.glsl
+    const std::uint64_t chunks = params_.query_heads / params_.kv_heads / TileHeads(params_);
+    const std::uint64_t rows =
+        DivideUp(std::uint64_t{params_.queries} * TileHeads(params_), kTileRows) * kTileRows;
+    const std::uint64_t columns = DivideUp(params_.keys, kTileRows) * kTileRows;
+    const std::uint64_t head_bytes = 2 * chunks * rows * columns;
+    const std::uint64_t heads = std::uint64_t{params_.kv_heads} * params_.batch_count;
+    const std::uint64_t room = traits_.max_score_gradient_bytes / head_bytes;
+    // Half of the heads that there is room for are read while the others are written.
+    const std::uint64_t stored_heads = room >= heads ? heads : room / 2 * 2;
+    const std::uint64_t step_tiles = stored_heads / 2 * (columns / kTileRows);
+    if (stored_heads < heads && step_tiles < (Has(FEATURE_CAUSAL) ? kCausalStep : kStep)) {
+      return false;
+    }
+    params_.score_gradient_heads = static_cast<std::uint32_t>(stored_heads);
+    params_.operand[OPERAND_SCORE_GRADIENTS].head_stride = CheckedStride(head_bytes / 2);
+    builder_.AddScratch(OPERAND_SCORE_GRADIENTS, head_bytes * stored_heads);
+    dq_shape = *stored;
+    return true;
+  }
+
+  // dk and dv of some heads, then dq of these beside dk and dv of the next ones.
+  void AddKernelsOfStoredGradients(const KernelShape& dq_shape, const KernelShape& dkv_shape,
+                                   std::uint32_t key_features, double key_products) {
+    const TileGrid queries = QueryTiles(dq_shape), keys = KeyTiles(dkv_shape, params_.keys);
+    const std::uint64_t group = queries.heads / keys.heads;  // chunks of a key/value head
+    const std::uint64_t step = params_.score_gradient_heads < keys.heads
+                                   ? params_.score_gradient_heads / 2
+                                   : params_.score_gradient_heads;
+    const auto share = [&](const TileGrid& part, const TileGrid& all) {
+      return static_cast<double>(part.heads) / static_cast<double>(all.heads);
+    };
+    for (std::uint64_t head = 0; head < keys.heads + step; head += step) {
+      if (head > 0) builder_.AddBarrier();
+      if (head < keys.heads) {
+        const TileGrid part = {keys.tiles, std::min(step, keys.heads - head), head};
+        AddKernel(dkv_shape, key_features, part,
+                  key_products * share(part, keys) * pairs_ * params_.head_dim)
+            .specialization[kFeatures] |= FEATURE_SCORE_GRADIENTS;
+      }
+      if (head > 0) {
+        const std::uint64_t first = head - step;
+        const TileGrid part = {queries.tiles, std::min(step, keys.heads - first) * group,
+                               first * group};
+        AddKernel(dq_shape, kScoreFeatures | FEATURE_DQ, part,
+                  2 * share(part, queries) * pairs_ * params_.head_dim);
+      }
+    }
   }
 
   void PlanQueryKernel(Kernel kernel, std::uint32_t features, double flops_a_pair_and_column) {
@@ -273,7 +339,7 @@ class Planner {
                                 DivideUp(params_.queries, shape.tile_rows) *
                                 DivideUp(columns, shape.block_rows);
     CheckWalk(DivideUp(terms, tiles) * shape.block_rows);
-    AddKernel(shape, kScoreFeatures | cotangents, tiles,
+    AddKernel(shape, kScoreFeatures | cotangents, {tiles, 1},
               (2 + value_products) * pairs_ * params_.head_dim)
         .specialization[kTileHeads] = 1;  // its tiles are of one head
   }
@@ -294,9 +360,19 @@ class Planner {
         " iterations, which makes results wrong: use implementation='xla' or a hardware GPU");
   }
 
-  Dispatch& AddKernel(const KernelShape& shape, std::uint32_t features, std::uint64_t workgroups,
+  // Tiles of some heads, counted over all batch entries.
+  struct TileGrid {
+    std::uint64_t tiles;  // of a head
+    std::uint64_t heads;
+    std::uint64_t first_head = 0;
+  };
+
+  Dispatch& AddKernel(const KernelShape& shape, std::uint32_t features, const TileGrid& grid,
                       double flops) {
-    Dispatch& dispatch = builder_.Add(builder_.ModuleName(shape), shape, features, workgroups);
+    Dispatch& dispatch =
+        builder_.Add(builder_.ModuleName(shape), shape, features, grid.tiles * grid.heads);
+    dispatch.first_head = static_cast<std::uint32_t>(grid.first_head);
+    dispatch.heads = static_cast<std::uint32_t>(grid.heads);
     dispatch.flops = flops;
     return dispatch;
   }
@@ -304,11 +380,12 @@ class Planner {
   std::uint64_t QueryTileCount(const KernelShape& shape) const {
     return DivideUp(params_.queries, shape.tile_rows / TileHeads(params_));
   }
-  std::uint64_t QueryTiles(const KernelShape& shape) const {
-    return QueryTileCount(shape) * (params_.query_heads / TileHeads(params_)) * params_.batch_count;
+  TileGrid QueryTiles(const KernelShape& shape) const {
+    const std::uint64_t chunks = params_.query_heads / TileHeads(params_);
+    return {QueryTileCount(shape), chunks * params_.batch_count};
   }
-  std::uint64_t KeyTiles(const KernelShape& shape, std::uint64_t rows) const {
-    return DivideUp(rows, shape.tile_rows) * params_.kv_heads * params_.batch_count;
+  TileGrid KeyTiles(const KernelShape& shape, std::uint64_t rows) const {
+    return {DivideUp(rows, shape.tile_rows), std::uint64_t{params_.kv_heads} * params_.batch_count};
   }
 
   const AttentionProblem& problem_;

@@ -29,6 +29,8 @@ KernelTraits TraitsOf(Kernel kernel) {
       return {"attend_tangent", 2, 2, 1, 1, 2};
     case Kernel::kBackwardDq:
       return {"attend_backward_dq", 2, 2, 1, 0, 2};
+    case Kernel::kBackwardDqStored:
+      break;  // on cooperative matrices only
     case Kernel::kBackwardDkv:
       return {"attend_backward_dkv", 2, 2, 2, 0, 4};
     case Kernel::kBackwardDbias:

@@ -101,6 +101,9 @@ class MemoryManager {
   };
   std::optional<Import> ImportHost(void* pages, std::uint64_t bytes);
 
+  // Bytes that all pools together may hold.
+  std::uint64_t limit() const { return limit_; }
+
   // Gives memory that holds no block back to the driver; returns the number of bytes.
   std::uint64_t Trim();
 

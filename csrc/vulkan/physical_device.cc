@@ -9,6 +9,9 @@
 namespace jax_aat {
 namespace {
 
+// Lets heads of 16,384 queries and keys take turns on a GPU of 80 GB.
+constexpr std::uint64_t kScoreGradientShareOfHeap = 32;
+
 // What traits need beyond the plain properties.
 struct Probed {
   VkPhysicalDeviceProperties2 core = {VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PROPERTIES_2};
@@ -116,6 +119,12 @@ void FillTraits(const InstanceTable& vk, const Probed& probed, FeatureChain& fea
                                         device.limits.maxComputeWorkGroupCount[1]);
   // LP_MAX_TGSI_LOOP_ITERATIONS of Mesa: what is left of a loop then does not run, silently.
   if (probed.vulkan12.driverID == VK_DRIVER_ID_MESA_LLVMPIPE) traits.max_loop_iterations = 65535;
+  for (std::uint32_t heap = 0; heap < device.memory.memoryHeapCount; ++heap) {
+    if (!(device.memory.memoryHeaps[heap].flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT)) continue;
+    traits.max_score_gradient_bytes =
+        std::max(traits.max_score_gradient_bytes,
+                 device.memory.memoryHeaps[heap].size / kScoreGradientShareOfHeap);
+  }
   traits.storage_16bit = features.vulkan11.storageBuffer16BitAccess;
   ProbeCooperativeMatrices(vk, features, device);
 }

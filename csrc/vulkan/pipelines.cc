@@ -12,10 +12,9 @@
 namespace jax_aat {
 
 Pipelines::Pipelines(const Device& device) : device_(device), cache_(device), layout_(device) {
-  // Every module takes one address.
   const VkPushConstantRange push = {
       .stageFlags = VK_SHADER_STAGE_COMPUTE_BIT,
-      .size = sizeof(VkDeviceAddress),
+      .size = sizeof(PushConstants),
   };
   const VkPipelineLayoutCreateInfo info = {
       .sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO,

@@ -16,6 +16,13 @@
 
 namespace jax_aat {
 
+// As in shaders/common/problem.glsl.
+struct PushConstants {
+  VkDeviceAddress parameters;
+  std::uint32_t first_head;
+  std::uint32_t heads;
+};
+
 class Pipelines {
  public:
   explicit Pipelines(const Device& device);

@@ -29,6 +29,21 @@ void exchange_out(View view, QueryTile tile, uint t) {
   }
 }
 
+// Stores sums of the subgroup's rows, times a factor.
+void store_sums(View view, QueryTile tile, Accumulator sums[ROW_TILES][DIM_TILES], float factor) {
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+        sums[t][d][i] = rounded(sums[t][d][i] * factor);
+      }
+      coopMatStore(Rounded(sums[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+    }
+    barrier();
+    exchange_out(view, tile, t);
+    barrier();
+  }
+}
+
 // locate_query_tile, with everything in uniform registers.
 bool locate_uniform_tile(out QueryTile tile) {
   QueryTile found;
@@ -81,7 +96,7 @@ void stage_first_block(Walk walk) {
   barrier();
 }
 
-Walk start_walk(QueryTile tile) {
+Walk listed_walk(QueryTile tile) {
   Walk walk;
   walk.entries = Entries(tile.list.entries);
   walk.first_entry = tile.list.first_entry;
@@ -92,6 +107,11 @@ Walk start_walk(QueryTile tile) {
   walk.keys = source_of(view_of(OPERAND_K, tile.kv_head, 1));
   walk.values = source_of(view_of(OPERAND_V, tile.kv_head, 1));
   walk.coarse = false;
+  return walk;
+}
+
+Walk start_walk(QueryTile tile) {
+  Walk walk = listed_walk(tile);
   stage_first_block(walk);
   return walk;
 }

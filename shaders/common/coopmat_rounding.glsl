@@ -15,9 +15,10 @@ bool conversion_truncates() {
 
 // Truncated numbers are smaller than exact ones by half a unit in the last place on average, 2^-8
 // of a fraction that is 1 / ln 2 on average.
-float truncation_gain() {
-  return DTYPE == DTYPE_BF16 && conversion_truncates() ? 1.0 + 0.6931472 / 256.0 : 1.0;
-}
+const float TRUNCATION_GAIN = DTYPE == DTYPE_BF16 ? 1.0 + 0.6931472 / 256.0 : 1.0;
+
+// Of what the device converts.
+float truncation_gain() { return conversion_truncates() ? TRUNCATION_GAIN : 1.0; }
 
 // The nearest number that a 16-bit element holds exactly; for results, of which there are few.
 float rounded(float x) {

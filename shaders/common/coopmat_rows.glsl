@@ -18,14 +18,20 @@ const uint PITCH = 2 * DIM_TILES + 1;
 const uint FETCH_ROWS = THREADS / VECTORS;          // rows that the workgroup fetches at once
 const uint FETCHES = BLOCK_ROWS / FETCH_ROWS;
 
+// Operands of a block that are staged here, and stages.
+#ifndef STAGES
+#define STAGED_OPERANDS 2
+#define STAGES 2
+#endif
 const uint OPERAND_VECTORS = BLOCK_ROWS * PITCH;
-const uint STAGE_VECTORS = 2 * OPERAND_VECTORS;
+const uint STAGE_VECTORS = STAGED_OPERANDS * OPERAND_VECTORS;
 
 // Also holds 16 rows of each subgroup, before and after the walk of the work list.
 const uint EXCHANGE_VECTORS = SUBGROUPS * 16 * PITCH;
-shared uvec4 staged[2 * STAGE_VECTORS > EXCHANGE_VECTORS ? 2 * STAGE_VECTORS : EXCHANGE_VECTORS];
+const uint STAGED_VECTORS = STAGES * STAGE_VECTORS;
+shared uvec4 staged[STAGED_VECTORS > EXCHANGE_VECTORS ? STAGED_VECTORS : EXCHANGE_VECTORS];
 
-uint stage_start(uint stage) { return (stage & 1) * STAGE_VECTORS; }
+uint stage_start(uint stage) { return stage % STAGES * STAGE_VECTORS; }
 
 // Read-only and not aliased: the compiler may move these loads over barriers.
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Vectors {

@@ -9,12 +9,12 @@ const uint HEADS_AT_ONCE = (FEATURES & FEATURE_CAUSAL) != 0 || THREADS < 256 ? 8
 
 // This workgroup's head, of all batch entries, and which of its `tiles` tiles it starts; false past
 // the last one.
-bool launched_tile(uint heads, uint tiles, out uint head, out uint tile) {
+bool launched_tile(uint tiles, out uint head, out uint tile) {
   uint first = workgroup_index() / (tiles * HEADS_AT_ONCE) * HEADS_AT_ONCE;
   uint index = workgroup_index() - first * tiles;
-  uint together = min(HEADS_AT_ONCE, heads - min(first, heads));
+  uint together = min(HEADS_AT_ONCE, launched_heads - min(first, launched_heads));
   if (index >= together * tiles) return false;
-  head = first + index % together;
+  head = first_head + first + index % together;
   tile = index / together;
   return true;
 }

@@ -59,7 +59,8 @@ using uint = std::uint32_t;
 #define OPERAND_ROUTER_SCRATCH 37
 #define OPERAND_HISTOGRAM 38       // of prices (plan_price.comp)
 #define OPERAND_SEGMENT_RANGES 39  // smallest and largest ids (common/boundary.glsl)
-#define OPERAND_COUNT 40
+#define OPERAND_SCORE_GRADIENTS 40  // common/score_gradients.glsl
+#define OPERAND_COUNT 41
 
 #define MAX_BATCH_AXES 4
 
@@ -97,6 +98,7 @@ using uint = std::uint32_t;
 #define FEATURE_SPARE_ROWS 16777216  // else lambda
 #define FEATURE_PREVIOUS_LEVELS 33554432
 #define FEATURE_MAKES_LISTS 67108864  // levels and lists are wanted, not prices
+#define FEATURE_SCORE_GRADIENTS 134217728  // the kernel stores dS for the one that makes dq of it
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
@@ -125,6 +127,7 @@ struct AttentionParams {
   float soft_cap;
   uint list_capacity;  // entries of one work list: of all query tiles of a head chunk
   uint key_list_capacity;
+  uint score_gradient_heads;  // key/value heads whose dS there is room for
   // Of a plan:
   uint plan_positions;       // of a query tile; a power of two
   uint plan_tiles;           // of queries

@@ -12,7 +12,12 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer Pa
   AttentionParams params;
 };
 
-layout(push_constant) uniform Push { uvec2 params_address; };
+// Kernels whose workgroups own a tile of a head work on the heads from `first_head` on, so many.
+layout(push_constant) uniform Push {
+  uvec2 params_address;
+  uint first_head;
+  uint launched_heads;
+};
 
 #define PARAMS ParamsBlock(params_address).params
 
@@ -38,12 +43,14 @@ void load_call() {
 }
 #endif
 
-// The batch entry at work.
+// The batch entry at work, and its index along each axis.
+uint batch_entry;
 uint batch_index[MAX_BATCH_AXES];
 
 // At the start of a kernel: chooses the batch entry, and loads the call.
 void set_batch(uint entry) {
   load_call();
+  batch_entry = entry;
   [[unroll]] for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
     uint extent = PARAMS.batch[axis];
     batch_index[axis] = entry % extent;

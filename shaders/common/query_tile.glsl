@@ -20,7 +20,7 @@ bool locate_query_tile(out QueryTile tile) {
   uint tiles = query_tile_count();
   uint chunks = PARAMS.query_heads / TILE_HEADS;
   uint head, rank;
-  if (!launched_tile(PARAMS.batch_count * chunks, tiles, head, rank)) return false;
+  if (!launched_tile(tiles, head, rank)) return false;
   uint number = tiles - 1 - rank;
   set_batch(head / chunks);
   uint chunk = head % chunks;

@@ -14,6 +14,7 @@
 #include "attention/dispatch_plan.h"
 #include "attention/plan_shape.h"
 #include "random_problem.h"
+#include "stored_gradients_test.h"
 #include "tile_planner_test.h"
 
 namespace jax_aat {
@@ -149,6 +150,7 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);
     EXPECT(dispatch.groups[2] == 1);
+    EXPECT(dispatch.first_head == 0);
     const std::uint64_t needed = Workgroups(problem, plan.params, dispatch);
     EXPECT(x * y >= needed && x * (y - 1) < needed);
     const bool prepares = StartsWith(dispatch.shader, "work_lists") ||
@@ -315,6 +317,7 @@ void Refusals() {
 int main() {
   jax_aat::Fuzz();
   jax_aat::FuzzPlanning();
+  jax_aat::FuzzStoredGradients();
   jax_aat::Refusals();
   return 0;
 }

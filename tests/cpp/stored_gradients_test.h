@@ -1,0 +1,7 @@
+#pragma once
+
+namespace jax_aat {
+
+void FuzzStoredGradients();
+
+}  // namespace jax_aat
