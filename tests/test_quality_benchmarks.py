@@ -132,13 +132,11 @@ def logits_of(shape: Shape, tokens: np.ndarray) -> jax.Array:
 TINY = Shape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, head_dim=16)
 
 
-@pytest.mark.parametrize(("unrotated_every", "sees_order"), [(0, True), (2, True), (1, False)])
-def test_layers_without_rotation_do_not_see_the_order_of_keys(
+@pytest.mark.parametrize(("unrotated_every", "sees_order"), [(2, True), (1, False)])
+def test_a_layer_without_rotation_does_not_see_the_order_of_keys(
     unrotated_every: int, sees_order: bool, rng: np.random.Generator
 ) -> None:
-    # In one layer: in a second one, keys have seen what lies before them.
-    layers = 1 if unrotated_every < 2 else 2
-    shape = dataclasses.replace(TINY, layers=layers, unrotated_every=unrotated_every)
+    shape = dataclasses.replace(TINY, layers=1, unrotated_every=unrotated_every)
     tokens = rng.integers(0, 256, 64)
     swapped = np.concatenate([tokens[:-1][::-1], tokens[-1:]])
     change = jnp.abs(logits_of(shape, tokens)[-1] - logits_of(shape, swapped)[-1]).max()

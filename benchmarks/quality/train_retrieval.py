@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--most-steps", type=int, default=10**9, help="stop after these, if sooner")
     parser.add_argument("--seed", type=int, default=0)
     add_shape(parser)
-    parser.set_defaults(layers=4, width=256, hidden=512, unrotated_every=1, convolution=4)
-    parser.set_defaults(scaled_from=512)
+    parser.set_defaults(layers=4, width=256, hidden=512)
+    parser.set_defaults(unrotated_every=2, convolution=6, scaled_from=512)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.2, 0.2, 0.3])
     parser.add_argument("--step-bytes", type=int, default=65536, help="bytes of a step")
@@ -137,10 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length = args.contexts[-1] + 1
     count = min(HELD_OUT_WINDOWS, len(corpus.held_out) // length)
     save_held_out(args.output, spread_windows(corpus.held_out, count, length))
-    steps = [
-        make_step(shape, (args.step_bytes // context, context + 1))
-        for context in tqdm(args.contexts, desc="compile", leave=False)
-    ]
+    windows = [(args.step_bytes // context, context + 1) for context in args.contexts]
+    with ThreadPoolExecutor() as pool:
+        steps = list(pool.map(partial(make_step, shape), windows))
     print(f"compiled  after {time.monotonic() - began:.0f} s on {jax.devices()[0].device_kind}")
     params, history = train(args, steps, corpus, began + 60 * args.minutes)
     facts = {"steps": len(history), "bytes": len(history) * args.step_bytes}
