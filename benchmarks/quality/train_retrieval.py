@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.2, 0.2, 0.3])
     parser.add_argument("--step-bytes", type=int, default=65536, help="bytes of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--pairs", type=int, default=24, help="needles of a window, each twice")
+    parser.add_argument("--pairs", type=int, default=64, help="needles of a window, each twice")
     parser.add_argument("--megabytes", type=float, default=80.0, help="of text, at most")
     parser.add_argument("--output", type=Path, default=Path("build/quality/retrieval"))
     args = parser.parse_args(arguments)
