@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import needles
 import numpy as np
 import pytest
 import router_emulation as router
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
 from library import levels_of as levels_of_plan
+from model import LanguageModel, Shape, exact_attention
 from ours import OURS, of_levels
 
 import jax_aat
@@ -115,15 +118,65 @@ def test_library_and_emulation_plan_alike_and_compute_the_same(operands: Operand
     assert relative_error(out[0], expected) < 2e-5
 
 
-def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
-    def call(script: str, *flags: str) -> str:
-        command = [sys.executable, str(FOLDER / script), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+def logits_of(shape: Shape, tokens: np.ndarray) -> jax.Array:
+    """Of a model that was not trained, [T, 256]."""
+    model = LanguageModel(shape, jnp.float32, exact_attention)
 
-    sizes = ["--layers=2", "--width=32", "--hidden=32", "--heads=4", "--kv-heads=2"]
-    sizes += ["--head-dim=16", "--contexts", "64", "512", "--shares", "0.5", "0.5"]
+    @jax.jit
+    def run(tokens: jax.Array) -> jax.Array:
+        return model.apply(model.init(jax.random.key(0), tokens), tokens)[0][0]
+
+    return run(jnp.asarray(tokens, jnp.int32)[None])
+
+
+TINY = Shape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, head_dim=16)
+
+
+@pytest.mark.parametrize(("unrotated_every", "sees_order"), [(2, True), (1, False)])
+def test_a_layer_without_rotation_does_not_see_the_order_of_keys(
+    unrotated_every: int, sees_order: bool, rng: np.random.Generator
+) -> None:
+    shape = dataclasses.replace(TINY, layers=1, unrotated_every=unrotated_every)
+    tokens = rng.integers(0, 256, 64)
+    swapped = np.concatenate([tokens[:-1][::-1], tokens[-1:]])
+    change = jnp.abs(logits_of(shape, tokens)[-1] - logits_of(shape, swapped)[-1]).max()
+    assert (float(change) > 1e-3) == sees_order
+
+
+def test_convolution_and_scaling_let_no_byte_see_later_ones(rng: np.random.Generator) -> None:
+    shape = dataclasses.replace(TINY, convolution=4, scaled_from=16)
+    tokens = rng.integers(0, 256, 64)
+    later = np.concatenate([tokens[:40], rng.integers(0, 256, 24)])
+    before, after = logits_of(shape, tokens), logits_of(shape, later)
+    np.testing.assert_array_equal(before[:40], after[:40])
+    assert float(jnp.abs(before[40:] - after[40:]).max()) > 1e-2
+
+
+def test_hidden_needles_come_twice_and_the_second_codes_are_marked() -> None:
+    windows = np.zeros((4, 512), np.uint8)
+    repeated = needles.hide(windows, 1.0, 3, np.random.default_rng(0))
+    np.testing.assert_array_equal(repeated.sum(1), 3 * needles.CODE_BYTES)
+    for window, marks in zip(windows, repeated, strict=True):
+        for first in np.flatnonzero(np.diff(marks.astype(int)) == 1) + 1:
+            start = first - needles.PROMPT_BYTES
+            needle = window[start : start + needles.SENTENCE_BYTES].tobytes()
+            assert window.tobytes().find(needle) < start
+            assert window.tobytes().rfind(needle) == start
+    assert not needles.hide(windows, 0.0, 3, np.random.default_rng(0)).any()
+
+
+def call(script: str, *flags: str) -> str:
+    command = [sys.executable, str(FOLDER / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+MODEL = ["--layers=2", "--width=32", "--hidden=32", "--heads=4", "--kv-heads=2", "--head-dim=16"]
+
+
+def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
+    sizes = [*MODEL, "--contexts", "64", "512", "--shares", "0.5", "0.5"]
     call("train.py", "--minutes=5", "--most-steps=20", *sizes, "--step-bytes=512", "--megabytes=1",
          "--qkv-layers", "1", "--qkv-length=512", f"--output={tmp_path}")  # fmt: skip
     with np.load(tmp_path / "qkv-0-layer1.npz") as saved:
@@ -141,3 +194,30 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
     call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
     assert "| jax_aat" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_retrieval_is_trained_and_asked_for(tmp_path: Path) -> None:
+    flags = [*MODEL, "--contexts", "128", "512", "--shares", "0.5", "0.5", "--step-bytes=512"]
+    call("train_retrieval.py", "--minutes=5", "--most-steps=8", *flags, "--megabytes=1",
+         f"--output={tmp_path}")  # fmt: skip
+    found = tmp_path / "needles.json"
+    attentions = ["exact", "jax_aat", "window + sinks"]
+    out = call("needle_retrieval.py", f"--weights={tmp_path}", "--length=512", "--fraction=0.5",
+               "--depths=2", "--texts=1", "--contenders", *attentions,
+               f"--output={found}")  # fmt: skip
+    assert [line.partition(" s  ")[2].split("  ")[0] for line in out.splitlines()] == attentions
+    rows = json.loads(found.read_text())["rows"]
+    assert [row["name"] for row in rows] == list(np.repeat(attentions, 2))
+    assert all(0.3 < row["spent"] <= 0.51 for row in rows if row["name"] != "exact")
+    assert found.with_suffix(".png").exists()
+
+
+def test_training_with_adaptive_and_exact_attention_runs(tmp_path: Path) -> None:
+    found = tmp_path / "training.json"
+    call("train_adaptive.py", "--most-steps=3", *MODEL, "--context=512", "--step-bytes=1024",
+         "--fraction=0.5", "--megabytes=1", "--held-out=1", f"--output={found}")  # fmt: skip
+    curves = json.loads(found.read_text())["curves"]
+    assert {name: len(curve) for name, curve in curves.items()} == {"jax_aat": 3, "exact": 3}
+    # The same start, the same data.
+    assert curves["jax_aat"][0] == pytest.approx(curves["exact"][0], abs=0.1)
+    assert found.with_suffix(".png").exists()

@@ -18,7 +18,23 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model."""
+    """Sizes of the model.
+
+    Attributes:
+      layers: Blocks.
+      width: Features of a position.
+      hidden: Features of the gated layer.
+      heads: Query heads.
+      kv_heads: Key/value heads.
+      head_dim: Features of a head.
+      rope_base: Base of the frequencies of RoPE.
+      unrotated_every: Each so manieth layer has no position encoding, so that it may match content
+        at any distance (Yang et al. 2025, arXiv:2501.18795); 0: all layers have RoPE.
+      convolution: Positions that a causal depthwise convolution before each attention spans, which
+        tells a position what stands just before it (Allen-Zhu 2025, "Canon layers"); 0: none.
+      scaled_from: Position from which on logits grow with the logarithm of the query's position, so
+        that one key stands out from ever more (Nakanishi 2025, arXiv:2501.19399); 0: they do not.
+    """
 
     layers: int = 8
     width: int = 512
@@ -27,17 +43,38 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 64
     rope_base: float = 500_000.0
+    unrotated_every: int = 0
+    convolution: int = 0
+    scaled_from: int = 0
 
 
-def rotate(x: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x [B, T, heads, head_dim]."""
+def rotate(x: jax.Array, base: float, turn: jax.Array | float = 1.0) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x [B, T, heads, head_dim].
+
+    All angles are multiplied by `turn`: 0 leaves x as it is.
+    """
     half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half) / half)
+    frequencies = turn * base ** (-jnp.arange(half) / half)
     angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+class Convolution(nn.Module):
+    """Adds to every position a weighted sum of the last few, each feature with its own weights."""
+
+    span: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, T, width] to [B, T, width]."""
+        length = x.shape[1]
+        weights = self.param("weights", nn.initializers.normal(0.3), (self.span, x.shape[-1]))
+        padded = jnp.pad(x, ((0, 0), (self.span - 1, 0), (0, 0)))
+        parts = [padded[:, i : i + length] * weights[i].astype(x.dtype) for i in range(self.span)]
+        return x + sum(parts)
 
 
 class Block(nn.Module):
@@ -48,16 +85,22 @@ class Block(nn.Module):
     attention: Attention
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, turn: jax.Array | float) -> tuple[jax.Array, Any]:
         """Maps [B, T, width] to [B, T, width] and what the attention returned besides."""
         shape = self.shape
         project = partial(nn.DenseGeneral, use_bias=False, dtype=self.dtype)
         normed = nn.RMSNorm(dtype=self.dtype)(x)
+        if shape.convolution:
+            normed = Convolution(shape.convolution, name="convolution")(normed)
         query = project((shape.heads, shape.head_dim), name="query")(normed)
         key = project((shape.kv_heads, shape.head_dim), name="key")(normed)
         value = project((shape.kv_heads, shape.head_dim), name="value")(normed)
+        if shape.scaled_from:
+            position = jnp.arange(1, x.shape[1] + 1)[:, None, None]
+            scale = jnp.log(position) / jnp.log(shape.scaled_from)
+            query = (query * jnp.maximum(scale, 1)).astype(self.dtype)
         attended, besides = self.attention(
-            rotate(query, shape.rope_base), rotate(key, shape.rope_base), value
+            rotate(query, shape.rope_base, turn), rotate(key, shape.rope_base, turn), value
         )
         x += project(shape.width, axis=(-2, -1), name="out")(attended)
         normed = nn.RMSNorm(dtype=self.dtype)(x)
@@ -82,10 +125,10 @@ class LanguageModel(nn.Module):
         """Maps bytes [B, T] to logits [B, T, 256], float32, and what attention returned."""
         shape = self.shape
         x = nn.Embed(256, shape.width, dtype=self.dtype)(tokens)
-        stack = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=shape.layers
-        )
-        x, besides = stack(shape, self.dtype, self.attention, name="blocks")(x, None)
+        every = shape.unrotated_every or shape.layers + 1
+        turn = (jnp.arange(1, shape.layers + 1) % every != 0).astype(jnp.float32)
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True})
+        x, besides = stack(shape, self.dtype, self.attention, name="blocks")(x, turn)
         normed = nn.RMSNorm(dtype=self.dtype)(x)
         return nn.Dense(256, dtype=self.dtype)(normed).astype(jnp.float32), besides
 

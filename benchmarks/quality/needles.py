@@ -6,26 +6,43 @@ import numpy as np
 
 NAME_BYTES, CODE_BYTES = 6, 8
 _BEFORE, _BETWEEN, _AFTER = b"\n# The code of ", b" is ", b".\n"
+_LETTERS, _DIGITS = (ord("a"), ord("z") + 1), (ord("0"), ord("9") + 1)
 PROMPT_BYTES = len(_BEFORE) + NAME_BYTES + len(_BETWEEN)
 SENTENCE_BYTES = PROMPT_BYTES + CODE_BYTES + len(_AFTER)
 
 
-def sentence(generator: np.random.Generator) -> np.ndarray:
-    """Returns a needle, uint8 [SENTENCE_BYTES]; its code begins at byte PROMPT_BYTES."""
-    name = generator.integers(ord("a"), ord("z") + 1, NAME_BYTES, np.uint8).tobytes()
-    code = generator.integers(ord("0"), ord("9") + 1, CODE_BYTES, np.uint8).tobytes()
-    return np.frombuffer(_BEFORE + name + _BETWEEN + code + _AFTER, np.uint8)
+def sentences(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns needles, uint8 [count, SENTENCE_BYTES]; a code begins at byte PROMPT_BYTES."""
+    blank = _BEFORE + bytes(NAME_BYTES) + _BETWEEN + bytes(CODE_BYTES) + _AFTER
+    needles = np.tile(np.frombuffer(blank, np.uint8), (count, 1))
+    name = slice(len(_BEFORE), len(_BEFORE) + NAME_BYTES)
+    code = slice(PROMPT_BYTES, PROMPT_BYTES + CODE_BYTES)
+    needles[:, name] = generator.integers(*_LETTERS, (count, NAME_BYTES), np.uint8)
+    needles[:, code] = generator.integers(*_DIGITS, (count, CODE_BYTES), np.uint8)
+    return needles
 
 
-def hide(windows: np.ndarray, share: float, pairs: int, generator: np.random.Generator) -> None:
+def hide(
+    windows: np.ndarray, share: float, pairs: int, generator: np.random.Generator
+) -> np.ndarray:
     """Writes needles, each twice, over random places of a share of windows [count, bytes].
 
     A model that is trained on them learns to fetch a code from any distance.
+
+    Returns:
+      Which bytes are of a code that has been seen before, bool [count, bytes].
     """
-    for window in windows[generator.random(len(windows)) < share]:
-        slots = len(window) // SENTENCE_BYTES
-        places = generator.choice(slots, (min(pairs, slots // 2), 2), replace=False)
-        for pair in places * SENTENCE_BYTES:
-            needle = sentence(generator)
-            for place in pair:
-                window[place : place + SENTENCE_BYTES] = needle
+    count, length = windows.shape
+    slots = length // SENTENCE_BYTES
+    pairs = min(pairs, slots // 2)
+    chosen = np.flatnonzero(generator.random(count) < share)
+    order = generator.random((len(chosen), slots)).argsort(1)[:, : 2 * pairs]
+    places = np.sort(order.reshape(-1, 2), axis=1) * SENTENCE_BYTES
+    rows = np.repeat(chosen, pairs)[:, None]
+    needles = sentences(len(rows), generator)
+    repeated = np.zeros(windows.shape, bool)
+    for place in places.T:
+        windows[rows, place[:, None] + np.arange(SENTENCE_BYTES)] = needles
+    code = PROMPT_BYTES + np.arange(CODE_BYTES)
+    repeated[rows, places[:, 1:] + code] = True
+    return repeated

@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     add_shape(parser)
     parser.set_defaults(layers=4, width=384, hidden=768)
-    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--step-bytes", type=int, default=32768)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--megabytes", type=float, default=80.0)
@@ -87,8 +87,9 @@ def differentiable(contender: Contender, sizes: Sizes, fraction: float) -> Atten
 def affordable_steps(args: argparse.Namespace, step: Step, corpus: Corpus) -> int:
     """How many steps fit into the minutes, judged by a few on a state that is thrown away."""
     state, generator = initial_state(shape_of(args), args.seed), np.random.default_rng(args.seed)
-    began = time.monotonic()
-    for _ in range(_CALIBRATION_STEPS):
+    for index in range(_CALIBRATION_STEPS + 1):
+        if index == 1:  # what only the first one does, such as making pipelines, does not count
+            began = time.monotonic()
         windows = random_windows(corpus, args.step_bytes, args.context, generator)
         state, loss = step(state, windows, np.float32(0))
         loss.block_until_ready()
@@ -107,7 +108,7 @@ def train(
         windows = random_windows(corpus, args.step_bytes, args.context, generator)
         rate = learning_rate_at(index / steps, args.learning_rate)
         state, loss = step(state, windows, np.float32(rate))
-        history.append(float(loss))
+        history.append(round(float(loss), 4))
         bar.set_postfix_str(f"loss {history[-1]:.3f}", refresh=False)
     return state["params"], history
 
@@ -120,16 +121,28 @@ def held_out_loss(
     return float(np.mean([run(params, window[None])[0].mean() for window in windows]))
 
 
+def smoothed(curve: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and means of a curve over the last 2% of them."""
+    window = max(len(curve) // 50, 1)
+    means = np.convolve(curve, np.ones(window) / window, "valid")
+    return np.arange(len(means)) + window, means
+
+
 def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """Training loss against steps, smoothed over 1% of them."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    """Training losses against steps; below, by how much others exceed that of the last one."""
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    losses_axes, change_axes = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+    *_, last = curves
     for name, curve in curves.items():
-        window = max(len(curve) // 100, 1)
-        smoothed = np.convolve(curve, np.ones(window) / window, "valid")
-        axes.plot(np.arange(len(smoothed)) + window, smoothed, label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, nats a byte")
-    axes.legend()
+        losses_axes.plot(*smoothed(curve), label=name, linewidth=1)
+        if name != last:
+            change = np.subtract(curve, curves[last])
+            change_axes.plot(*smoothed(change.tolist()), label=f"{name} - {last}", linewidth=1)
+    change_axes.axhline(0, color="grey", linewidth=0.5)
+    losses_axes.set(ylabel="loss, nats a byte")
+    change_axes.set(xlabel="step", ylabel="change")
+    for axes in (losses_axes, change_axes):
+        axes.legend()
     figure.savefig(path, dpi=130)
 
 
@@ -144,18 +157,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     curves: dict[str, list[float]] = {}
     evaluations: dict[str, dict[str, float]] = {}
+    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    facts |= {"fraction": args.fraction, "context": args.context, "step_bytes": args.step_bytes}
+    facts |= vars(shape)
+    seconds: dict[str, float] = {}
     steps = 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name, attention in attentions.items():
         step = make_step(shape, attention, (args.step_bytes // args.context, args.context + 1))
         steps = steps or affordable_steps(args, step, corpus)
+        began = time.monotonic()
         params, curves[name] = train(args, step, corpus, steps, name)
+        seconds[name] = round(time.monotonic() - began, 1)
         evaluations[name] = {
             other: held_out_loss(args, attentions[other], params, windows) for other in attentions
         }
-        print(f"trained with {name}: {steps} steps, held-out loss with {evaluations[name]}")
-        facts = {"fraction": args.fraction, "context": args.context, **vars(shape)}
-        result = {**facts, "curves": curves, "held_out": evaluations}
+        line = f"trained with {name}: {steps} steps in {seconds[name]} s, held-out loss with"
+        print(line, evaluations[name], flush=True)
+        result = {**facts, "seconds": seconds, "curves": curves, "held_out": evaluations}
         args.output.write_text(json.dumps(result) + "\n")
     draw(curves, args.output.with_suffix(".png"))
 
