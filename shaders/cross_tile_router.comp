@@ -45,59 +45,56 @@ void add_products(inout float logit[SUBS], inout float variance[SUBS], uint plac
   }
 }
 
-// Logits of the means of super-tiles.
 void score_super_tiles(Tile tile) {
   uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
   for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += THREADS) {
     uint super_tile = base + gl_LocalInvocationID.x;
-    float logit[SUBS], unused[SUBS];
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = 0.0;
+    float logit[SUBS], variance[SUBS];
+    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = variance[sub] = 0.0;
     for (uint first = 0; first < QUADS; first += SLICE) {
       uint quads = min(SLICE, QUADS - first);
       stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
       if (super_tile >= end) continue;
-      add_products(logit, unused, super_mean_place(super_tile, first), 1, false, quads);
+      add_products(logit, variance, super_place(super_tile, first), 2, FOREMOST != 0, quads);
     }
     if (super_tile >= end) continue;
     for (uint sub = 0; sub < SUBS; ++sub) {
-      slab.super_logits.value[super_tile * SUBS + sub] = capped(logit[sub]).x;
+      put_super_tile(super_tile * SUBS + sub, logit[sub], variance[sub]);
     }
   }
 }
 
 uint score_granules(Tile tile) {
-  if (LEVELS > 2) {
-    score_super_tiles(tile);
-    sync_slab();
-  }
-  uint granules = padded_granules(), seen = 0;
+  uint seen = 0;
   LogSum total[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) total[sub] = LogSum(-INFINITY, 0.0);
-  for (uint base = tile.first; base < tile.end; base += THREADS) {
-    uint granule = base + gl_LocalInvocationID.x;
+  for (uint base = tile.first_place; base < tile.end_place; base += THREADS) {
+    uint place = base + gl_LocalInvocationID.x;
+    bool exists = place < tile.end_place;
+    uint granule = exists ? granule_at(place) : 0;
     float logit[SUBS], variance[SUBS];
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = variance[sub] = 0.0;
     for (uint first = 0; first < QUADS; first += SLICE) {
       uint quads = min(SLICE, QUADS - first);
-      if (SLICE < QUADS || base == tile.first) {
+      if (SLICE < QUADS || base == tile.first_place) {
         stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
       }
-      if (granule >= tile.end) continue;
+      if (!exists) continue;
       add_products(logit, variance, granule_place(granule, first), 2 * SUPER_TILE_GRANULES, true,
                    quads);
     }
-    if (granule >= tile.end) continue;
-    Boundary boundary = boundary_of(tile.number, granule);
-    slab.marks.value[granule] = marks_of(boundary);
+    if (!exists) continue;
+    Boundary boundary = boundary_at(tile, place);
+    slab.marks.value[place] = marks_of(boundary);
     seen += boundary.seen ? 1 : 0;
     float count = log_count(granule * GRANULE_ROWS, GRANULE_ROWS);
     if (count == -INFINITY) count = 0.0;
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      uint place = sub * granules + granule;
+      uint at = sub * place_count() + place;
       vec2 bent = capped(logit[sub]);
       float spread = variance[sub] * bent.y;
       float mass = boundary.seen ? bent.x + spread / 2.0 + count : -INFINITY;
-      slab.log_mass.value[place] = mass;
+      slab.log_mass.value[at] = mass;
       add_term(total[sub], mass);
       if (LEVELS > 1) {
         vec2 variances = vec2(relative_variance(spread), 0);
@@ -106,10 +103,10 @@ uint score_granules(Tile tile) {
           float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
           variances.y = relative_variance(fma(apart, apart, spread));
         }
-        store_variances(slab, place, variances);
+        store_variances(slab, at, variances);
       }
     }
-    if (!boundary.seen) slab.importance.value[granule] = NOT_SEEN;
+    if (!boundary.seen) slab.importance.value[place] = NOT_SEEN;
   }
   join_log_sums(total);
   return uint(reduce(float(seen), false));
@@ -119,8 +116,7 @@ void score_candidates(Tile tile, uint n) {
   for (uint base = 0; base < n * TAKERS; base += THREADS) {
     uint candidate = (base + gl_LocalInvocationID.x) / TAKERS;
     uint taker = (base + gl_LocalInvocationID.x) % TAKERS;
-    // Fewer where an importance is NaN.
-    uint granule = min(slab.candidates.value[min(candidate, n - 1)], tile.end - 1);
+    uint granule = granule_at(candidate_place(tile, candidate, n));
     // Without a soft cap both add up to one logit.
     float logit[TAKEN * PARTS], variance[TAKEN * PARTS];
     [[unroll]] for (uint i = 0; i < TAKEN * PARTS; ++i) logit[i] = variance[i] = 0.0;

@@ -92,16 +92,19 @@ void multiply(uint t, uint kind, out float products[LANE_ELEMENTS]) {
   [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) products[i] = sum[i];
 }
 
-void score_super_tiles() {
-  for (uint base = 0; base < super_tile_count(); base += 16 * SUBGROUPS) {
+void score_super_tiles(Tile tile) {
+  uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
+  load_factors(0, 0);
+  for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += 16 * SUBGROUPS) {
     uint first = min(base + gl_SubgroupID * 16, super_tile_count() - 1);
     stage_neighbours(super_row_place(first));
-    float products[LANE_ELEMENTS];
-    multiply(0, 0, products);
+    float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
+    multiply(0, 0, logit);
+    multiply(0, 1, variance);
     [[unroll]] for (uint i = 0; i < SUB_ROWS * LANE_COLUMNS; ++i) {
       uint super_tile = first + element_column(i), sub = element_row(i);
-      if (super_tile < super_tile_count() && sub < SUBS) {
-        slab.super_logits.value[super_tile * SUBS + sub] = capped(products[i]).x;
+      if (super_tile < end && sub < SUBS) {
+        put_super_tile(super_tile * SUBS + sub, logit[i], variance[i]);
       }
     }
   }
@@ -109,10 +112,11 @@ void score_super_tiles() {
 
 uint mark_granules(Tile tile) {
   uint seen = 0;
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    Boundary boundary = boundary_of(tile.number, granule);
-    slab.marks.value[granule] = marks_of(boundary);
-    slab.importance.value[granule] = boundary.seen ? 0.0 : NOT_SEEN;
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    Boundary boundary = boundary_at(tile, place);
+    slab.marks.value[place] = marks_of(boundary);
+    slab.importance.value[place] = boundary.seen ? 0.0 : NOT_SEEN;
     seen += boundary.seen ? 1 : 0;
   }
   return uint(reduce(float(seen), false));
@@ -137,7 +141,7 @@ void join_lane_sums(LogSum own[SUB_ROWS]) {
       float factor = exp_accurate(reduced[(i * 16 + sub) * 2] - shift_of(largest));
       sum = fma(reduced[(i * 16 + sub) * 2 + 1], factor, sum);
     }
-    sub_log_sum[sub] = shift_of(largest) + log_or_none(sum);
+    sub_log_sum[sub] = log_sum_of(sub, largest, sum);
   }
   barrier();
 }
@@ -145,32 +149,32 @@ void join_lane_sums(LogSum own[SUB_ROWS]) {
 uint score_granules(Tile tile) {
   uint seen = mark_granules(tile);
   load_factors(0, 0);
-  if (LEVELS > 2) score_super_tiles();
   sync_slab();
-  uint granules = padded_granules();
   LogSum total[SUB_ROWS];
   [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) total[h] = LogSum(-INFINITY, 0.0);
   // All subgroups take as many steps: those past the end look at the first rows again, for nothing.
-  for (uint base = tile.first / 16 * 16; base < tile.end; base += 16 * SUBGROUPS) {
+  for (uint base = tile.first_place / 16 * 16; base < tile.end_place; base += 16 * SUBGROUPS) {
     uint first = base + gl_SubgroupID * 16;
-    stage_neighbours(granule_row_place(first < tile.end ? first : base));
+    uint first_granule = granule_at(first < tile.end_place ? first : base);
+    stage_neighbours(granule_row_place(first_granule));
     float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
     multiply(0, 0, logit);
     multiply(0, 1, variance);
-    uint super_tile = first / SUPER_TILE_GRANULES;
+    uint super_tile = first_granule / SUPER_TILE_GRANULES;
     [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
-      uint granule = first + lane_column(c);
-      if (granule < tile.first || granule >= tile.end) continue;
-      bool is_seen = slab.importance.value[granule] != NOT_SEEN;
-      float count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
+      uint place = first + lane_column(c);
+      if (place < tile.first_place || place >= tile.end_place) continue;
+      bool is_seen = slab.importance.value[place] != NOT_SEEN;
+      uint first_row = (first_granule + lane_column(c)) * GRANULE_ROWS;
+      float count = max(log_count(first_row, GRANULE_ROWS), 0.0);
       [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
         uint sub = lane_row(h), i = h * LANE_COLUMNS + c;
         if (sub >= SUBS) continue;
         vec2 bent = capped(logit[i]);
         float spread = variance[i] * bent.y;
         float mass = is_seen ? bent.x + spread / 2.0 + count : -INFINITY;
-        uint place = sub * granules + granule;
-        slab.log_mass.value[place] = mass;
+        uint at = sub * place_count() + place;
+        slab.log_mass.value[at] = mass;
         add_term(total[h], mass);
         if (LEVELS > 1) {
           vec2 variances = vec2(relative_variance(spread), 0);
@@ -178,7 +182,7 @@ uint score_granules(Tile tile) {
             float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
             variances.y = relative_variance(fma(apart, apart, spread));
           }
-          store_variances(slab, place, variances);
+          store_variances(slab, at, variances);
         }
       }
     }
@@ -193,8 +197,7 @@ void score_candidates(Tile tile, uint n) {
     uint first = base + gl_SubgroupID * 4;
     uvec4 granules, places;
     [[unroll]] for (uint i = 0; i < 4; ++i) {
-      // Fewer where an importance is NaN.
-      granules[i] = min(slab.candidates.value[min(first + i, n - 1)], tile.end - 1);
+      granules[i] = granule_at(candidate_place(tile, first + i, n));
       places[i] = part_row_place(granules[i], 0);
     }
     stage_rows(places);

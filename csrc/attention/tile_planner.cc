@@ -120,6 +120,7 @@ class TilePlanner {
                                       kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
     dispatch.specialization.push_back(params_.level_count);
     dispatch.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
+    dispatch.specialization.push_back(IsForemost() ? 1 : 0);
   }
 
   // On cooperative matrices where they serve: they would round what float32 operands say.
@@ -139,26 +140,28 @@ class TilePlanner {
   }
 
   std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
+  // Whether tiles look into some super-tiles only.
+  bool IsForemost() const { return params_.judged_super_tiles < SuperTiles(); }
 
   // Of one batch entry and key/value head (shaders/common/summaries.glsl).
   std::uint64_t SummaryFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
-    return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles());
+    return 4 * (granules * (11 * quads + 1) + (2 * SuperTiles() + 15) * quads + SuperTiles());
   }
 
   // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).
   std::uint64_t SlabFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
-    const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
+    const std::uint64_t granules = params_.judged_super_tiles * kSuperTileGranules;
     const std::uint64_t sub_positions = std::min(params_.plan_positions, kSubQueryPositions);
     const std::uint64_t subs = params_.plan_positions / sub_positions * TileHeads(params_);
     const std::uint64_t fine_subs =
         subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions));
-    const double candidates = std::ceil(params_.candidate_share * Granules(params_)) + 1;
+    const double candidates = std::ceil(params_.candidate_share * granules) + 1;
+    const std::uint64_t super_floats = SuperTiles() * (IsForemost() ? 2 * subs + 2 : subs);
     const std::uint64_t floats = (subs + fine_subs) * quads * 8 + granules * (3 * subs + 3) +
-                                 SuperTiles() * subs +
-                                 static_cast<std::uint64_t>(candidates) * fine_subs;
+                                 super_floats + static_cast<std::uint64_t>(candidates) * fine_subs;
     return DivideUp(floats, kSlabAlignment) * kSlabAlignment;
   }
 

@@ -12,6 +12,7 @@ const float LARGEST_VARIANCE = 2.0;
 const uint TOGETHER = SUBS < REDUCED_AT_ONCE ? SUBS : REDUCED_AT_ONCE;
 
 shared float sub_log_sum[SUBS];        // of the mass of what a sub-query sees
+shared float sub_outside[SUBS];        // of what it sees elsewhere than the tile looks into
 shared float fine_log_sum[FINE_SUBS];  // the same by finer sub-queries, after stage 2
 
 struct Tile {
@@ -19,6 +20,7 @@ struct Tile {
   uint list;
   uint kv_head;
   uint first, end;  // granules that it may see
+  uint first_place, end_place;  // of the granules that it looks into
 };
 
 Slab slab;
@@ -69,7 +71,16 @@ void add_term(inout LogSum total, float x) {
   }
 }
 
-// The logarithms of the workgroup's sums, into sub_log_sum.
+// With what lies outside, which is to have been set before the last barrier.
+float log_sum_of(uint sub, float largest, float sum) {
+  float inside = shift_of(largest) + log_or_none(sum);
+  if (FOREMOST == 0 || sub_outside[sub] == -INFINITY) return inside;
+  LogSum all = LogSum(sub_outside[sub], 1.0);
+  add_term(all, inside);
+  return all.largest + log_accurate(all.sum);
+}
+
+// The logarithms of the workgroup's sums, and of what lies outside, into sub_log_sum.
 void join_log_sums(LogSum own[SUBS]) {
   for (uint first = 0; first < SUBS; first += TOGETHER) {
     float largest[TOGETHER];
@@ -87,7 +98,7 @@ void join_log_sums(LogSum own[SUBS]) {
     reduce_columns(TOGETHER, false);
     if (gl_LocalInvocationID.x < TOGETHER) {
       uint i = gl_LocalInvocationID.x;
-      sub_log_sum[first + i] = shift_of(largest[i]) + log_or_none(reduced[i]);
+      sub_log_sum[first + i] = log_sum_of(first + i, largest[i], reduced[i]);
     }
   }
   barrier();
@@ -105,31 +116,47 @@ uint marks_of(Boundary boundary) {
   return (boundary.whole ? MARK_WHOLE : 0) | (boundary.super_whole ? MARK_SUPER_WHOLE : 0);
 }
 
+uint granule_at(uint place) {
+  if (FOREMOST == 0) return place;
+  return slab.looked_into.value[place / SUPER_TILE_GRANULES] * SUPER_TILE_GRANULES +
+         place % SUPER_TILE_GRANULES;
+}
+
+// Of a place of the tile.
+Boundary boundary_at(Tile tile, uint place) {
+  uint granule = granule_at(place);
+  // Super-tiles that are looked into reach further than what the tile sees.
+  if (FOREMOST != 0 && (granule < tile.first || granule >= tile.end)) {
+    return Boundary(false, false, false, false);
+  }
+  return boundary_of(tile.number, granule);
+}
+
 // Mean squared probabilities after stage 1.
 void judge_granules(Tile tile) {
-  uint granules = padded_granules();
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
     float importance = 0.0;
     for (uint sub = 0; sub < SUBS; ++sub) {
-      float mass = slab.log_mass.value[sub * granules + granule];
+      float mass = slab.log_mass.value[sub * place_count() + place];
       if (mass == -INFINITY) continue;
       float share = exp_accurate(mass - shift_of(sub_log_sum[sub]));
       importance = fma(share * share, sub_weight[sub], importance);
     }
-    if (slab.log_mass.value[granule] != -INFINITY) slab.importance.value[granule] = importance;
+    if (slab.log_mass.value[place] != -INFINITY) slab.importance.value[place] = importance;
   }
 }
 
-// Of granules that the tile sees: the bits of the n-th largest importance, and how many are larger.
-uvec2 nth_importance(Tile tile, uint n) {
+// Of what is seen from `first` to `end`: the bits of the n-th largest importance, or 0 where there are
+// fewer, and how many are larger.
+uvec2 nth_largest(SharedFloats importance, uint first, uint end, uint n) {
   uint prefix = 0, known = 0, above = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     barrier();
     for (uint i = gl_LocalInvocationID.x; i < 256; i += THREADS) histogram[i] = 0;
     barrier();
-    for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end;
-         granule += THREADS) {
-      uint bits = floatBitsToUint(slab.importance.value[granule]);
+    for (uint i = first + gl_LocalInvocationID.x; i < end; i += THREADS) {
+      uint bits = floatBitsToUint(importance.value[i]);
       if (bits < 0x80000000u && (bits & known) == prefix) {
         atomicAdd(histogram[(bits >> shift) & 255u], 1u);
       }
@@ -142,43 +169,57 @@ uvec2 nth_importance(Tile tile, uint n) {
   return uvec2(prefix, above);
 }
 
-// The n most important granules become candidates, in ascending order; of equals the first.
-void choose_candidates(Tile tile, uint n) {
-  uvec2 least = nth_importance(tile, n);
-  uint each = divide_up(tile.end - tile.first, THREADS);
-  uint first = min(tile.first + gl_LocalInvocationID.x * each, tile.end);
-  uint end = min(first + each, tile.end);
+// The n most important from `begin` to `end`, in ascending order; of equals the first.
+void choose(SharedFloats importance, uint begin, uint end, uint n, SharedWords chosen) {
+  uvec2 least = nth_largest(importance, begin, end, n);
+  uint each = divide_up(end - begin, THREADS);
+  uint first = min(begin + gl_LocalInvocationID.x * each, end);
+  end = min(first + each, end);
   uvec2 own = uvec2(0);
-  for (uint granule = first; granule < end; ++granule) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
+  for (uint i = first; i < end; ++i) {
+    uint bits = floatBitsToUint(importance.value[i]);
     if (bits < 0x80000000u) own += uvec2(bits > least.x, bits == least.x);
   }
   uvec2 before = uvec2(scan(own.x), scan(own.y)) - own;
-  for (uint granule = first; granule < end; ++granule) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
+  for (uint i = first; i < end; ++i) {
+    uint bits = floatBitsToUint(importance.value[i]);
     if (bits >= 0x80000000u) continue;
     bool equal = bits == least.x;
     uint room = n - least.y;
     if (bits > least.x || (equal && before.y < room)) {
-      uint place = before.x + min(before.y, room);
-      slab.candidates.value[place] = granule;
-      slab.marks.value[granule] |= (place + 1) << MARK_BITS;
+      chosen.value[before.x + min(before.y, room)] = i;
     }
     before += uvec2(bits > least.x, equal);
   }
 }
 
+// The place of candidate i of n.
+uint candidate_place(Tile tile, uint i, uint n) {
+  // Fewer where an importance is NaN.
+  return min(slab.candidates.value[min(i, n - 1)], tile.end_place - 1);
+}
+
+void choose_candidates(Tile tile, uint n) {
+  choose(slab.importance, tile.first_place, tile.end_place, n, slab.candidates);
+  sync_slab();
+  for (uint i = gl_LocalInvocationID.x; i < n; i += THREADS) {
+    slab.marks.value[candidate_place(tile, i, n)] |= (i + 1) << MARK_BITS;
+  }
+}
+
+#include "common/foremost.glsl"
+
 // Sums the mass of candidates and of the rest, and leaves in `fine` the mean squared probability of
 // each candidate and sub-query, at its first finer one, and in sub_log_sum what those of the rest are
 // relative to: the shift that gives the mean over finer sub-queries of exp(2 (x - their sum)).
 void refine(Tile tile, uint n) {
-  uint granules = padded_granules();
   LogSum rest[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) rest[sub] = LogSum(-INFINITY, 0.0);
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    if (slab.marks.value[granule] >> MARK_BITS != 0) continue;
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    if (slab.marks.value[place] >> MARK_BITS != 0) continue;
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      add_term(rest[sub], slab.log_mass.value[sub * granules + granule]);
+      add_term(rest[sub], slab.log_mass.value[sub * place_count() + place]);
     }
   }
   join_log_sums(rest);
@@ -255,40 +296,42 @@ float squared_share(float mass, uint candidate, uint sub) {
 
 // Writes what errors say, and leaves the importance of granules as stage 2 sees it in the slab.
 void write_prices(Tile tile, uvec2 prices) {
-  uint granules = padded_granules();
   float unit = value_unit();
-  for (uint granule = gl_LocalInvocationID.x; granule < granule_count(); granule += THREADS) {
-    if (granule < tile.first || granule >= tile.end) Words(prices).word[granule] = 0;
-  }
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint granule = granule_at(place);
     uvec2 price = uvec2(0);
-    if (slab.log_mass.value[granule] != -INFINITY) {
-      uint marks = slab.marks.value[granule];
+    if (slab.log_mass.value[place] != -INFINITY) {
+      uint marks = slab.marks.value[place];
       float importance = 0.0;
       vec2 errors = vec2(0);
       for (uint sub = 0; sub < SUBS; ++sub) {
-        uint place = sub * granules + granule;
-        float share = squared_share(slab.log_mass.value[place], marks >> MARK_BITS, sub);
+        uint at = sub * place_count() + place;
+        float share = squared_share(slab.log_mass.value[at], marks >> MARK_BITS, sub);
         share *= sub_weight[sub];
         importance += share;
-        if (LEVELS > 1) errors = fma(vec2(share), load_variances(slab, place), errors);
+        if (LEVELS > 1) errors = fma(vec2(share), load_variances(slab, at), errors);
       }
-      slab.importance.value[granule] = importance;
+      slab.importance.value[place] = importance;
       price = prices_of(importance, errors, summaries.vector[value_place(granule)] / unit, marks);
       if ((marks & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
     }
-    Words(prices).word[granule] = price.x << 16 | price.y;
+    if (granule < granule_count()) Words(prices).word[granule] = price.x << 16 | price.y;
   }
 }
 
 // The n most important granules stay exact at any price that errors explain, and beyond, where a
 // budget leaves no room, in the order of theirs.
 void keep_foremost(Tile tile, uvec2 prices, uint n) {
-  uint least = nth_importance(tile, n).x;
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
+  uint least = nth_largest(slab.importance, tile.first_place, tile.end_place, n).x;
+  if (FOREMOST != 0 && least == 0) price_others(tile, prices, true);
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint bits = floatBitsToUint(slab.importance.value[place]);
+    if (bits >= 0x80000000u || bits < least) continue;
+    uint granule = granule_at(place);
     uint price = Words(prices).word[granule];
-    if (bits >= 0x80000000u || bits < least || price >> 16 == PRICE_INFINITE) continue;
+    if (price >> 16 == PRICE_INFINITE) continue;
     Words(prices).word[granule] = (PRICE_KEPT + (price >> 19)) << 16 | (price & 0xffffu);
   }
 }
@@ -313,6 +356,8 @@ Tile tile_of(uint rank) {
   }
   tile.end = divide_up(end_key, GRANULE_ROWS);
   tile.first = min(first_key / GRANULE_ROWS, tile.end);
+  tile.first_place = tile.first;
+  tile.end_place = tile.end;
   return tile;
 }
 
@@ -325,7 +370,14 @@ void price_tile(Tile tile) {
   make_sub_queries(tile.number, queries);
   weigh_sub_queries(tile.number);
   sync_slab();
+  uint seen_anywhere = 0;
+  if (FOREMOST != 0 || LEVELS > 2) {
+    score_super_tiles(tile);
+    sync_slab();
+  }
+  if (FOREMOST != 0) seen_anywhere = look_into_foremost(tile);
   uint seen = score_granules(tile);
+  if (FOREMOST == 0) seen_anywhere = seen;
   if (SHARED_MASS != 0) sync_slab();
   if (seen != 0) {
     judge_granules(tile);
@@ -340,8 +392,11 @@ void price_tile(Tile tile) {
       sync_slab();
     }
   }
+  price_others(tile, prices, false);
   write_prices(tile, prices);
-  if (seen != 0) keep_foremost(tile, prices, uint(ceil(PARAMS.floor_share * float(seen))));
+  if (seen != 0) {
+    keep_foremost(tile, prices, uint(ceil(PARAMS.floor_share * float(seen_anywhere))));
+  }
 }
 
 // The workgroups take turns from both ends, so that each gets long and short tiles.

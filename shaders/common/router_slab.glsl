@@ -24,13 +24,19 @@ layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer Sha
 
 struct Slab {
   SharedVectors queries;      // see make_sub_queries
-  MassFloats log_mass;        // of granules, [sub-query][granule]; -inf: not seen
-  Variances variances;        // relative ones of the granule, of the super-tile, likewise
+  // Of granules, by place:
+  MassFloats log_mass;      // [sub-query][place]; -inf: not seen
+  Variances variances;      // relative ones of the granule, of the super-tile, likewise
+  SharedFloats importance;  // or NOT_SEEN
+  SharedWords marks;        // MARK_* and, above, the place among the candidates plus 1
+  SharedWords candidates;   // their places, ascending
+  SharedFloats fine;        // [candidate][finer sub-query], see stage 2
+  // Of super-tiles:
   SharedFloats super_logits;  // [super-tile][sub-query]
-  SharedFloats importance;    // of granules; NOT_SEEN
-  SharedWords marks;          // of granules: MARK_* and, above, the place among the candidates plus 1
-  SharedWords candidates;     // their granules, ascending
-  SharedFloats fine;          // [candidate][finer sub-query], see stage 2
+  // Where tiles look into the foremost:
+  SharedFloats super_mass;        // likewise, logarithms
+  SharedFloats super_importance;  // or NOT_SEEN
+  SharedWords looked_into;        // the foremost, ascending
 };
 
 #define MARK_WHOLE 1u
@@ -40,8 +46,11 @@ struct Slab {
 
 uvec2 offset_by(uvec2 address, uint floats) { return add_wide(address, multiply_wide(floats, 4)); }
 
+// Of granules that something can be noted of at once.
+uint place_count() { return PARAMS.judged_super_tiles * SUPER_TILE_GRANULES; }
+
 Slab slab_of(uint workgroup) {
-  uint granules = padded_granules();
+  uint granules = place_count();
   uvec2 at = view_of(OPERAND_ROUTER_SCRATCH, workgroup, 2).base;
   Slab slab;
   slab.queries = SharedVectors(at);
@@ -50,14 +59,22 @@ Slab slab_of(uint workgroup) {
   at = offset_by(at, SUBS * granules * 2);
   slab.log_mass = MassFloats(at);
   at = offset_by(at, SUBS * granules);
-  slab.super_logits = SharedFloats(at);
-  at = offset_by(at, SUBS * super_tile_count());
   slab.importance = SharedFloats(at);
   at = offset_by(at, granules);
   slab.marks = SharedWords(at);
   at = offset_by(at, granules);
   slab.candidates = SharedWords(at);
   at = offset_by(at, granules);
+  slab.super_logits = SharedFloats(at);
+  at = offset_by(at, SUBS * super_tile_count());
+  if (FOREMOST != 0) {
+    slab.super_mass = SharedFloats(at);
+    at = offset_by(at, SUBS * super_tile_count());
+    slab.super_importance = SharedFloats(at);
+    at = offset_by(at, super_tile_count());
+    slab.looked_into = SharedWords(at);
+    at = offset_by(at, super_tile_count());
+  }
   slab.fine = SharedFloats(at);
   return slab;
 }
