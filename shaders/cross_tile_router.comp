@@ -3,7 +3,7 @@
 // tile after another, the longest first, and writes two prices a granule: those at which it stops
 // being exact, and at which it stops having a row of its own (jax_aat/router.py, scores.py).
 // Products are float32 sums of a thread.
-#define SHARED_MASS 0
+#define HALF_PRODUCTS 0
 #include "common/router.glsl"
 
 // Columns of sub-queries pass through shared memory by slices, [quad][sub-query] (mean, mean square).
@@ -64,8 +64,7 @@ void score_super_tiles(Tile tile) {
   }
 }
 
-uint score_granules(Tile tile) {
-  uint seen = 0;
+void score_granules(Tile tile) {
   LogSum total[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) total[sub] = LogSum(-INFINITY, 0.0);
   for (uint base = tile.first_place; base < tile.end_place; base += THREADS) {
@@ -84,39 +83,21 @@ uint score_granules(Tile tile) {
                    quads);
     }
     if (!exists) continue;
-    Boundary boundary = boundary_at(tile, place);
-    slab.marks.value[place] = marks_of(boundary);
-    seen += boundary.seen ? 1 : 0;
-    float count = log_count(granule * GRANULE_ROWS, GRANULE_ROWS);
-    if (count == -INFINITY) count = 0.0;
+    bool seen = is_seen(note_of(place));
+    float count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      uint at = sub * place_count() + place;
-      vec2 bent = capped(logit[sub]);
-      float spread = variance[sub] * bent.y;
-      float mass = boundary.seen ? bent.x + spread / 2.0 + count : -INFINITY;
-      slab.log_mass.value[at] = mass;
-      add_term(total[sub], mass);
-      if (LEVELS > 1) {
-        vec2 variances = vec2(relative_variance(spread), 0);
-        if (LEVELS > 2) {
-          uint super_tile = granule / SUPER_TILE_GRANULES;
-          float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
-          variances.y = relative_variance(fma(apart, apart, spread));
-        }
-        store_variances(slab, at, variances);
-      }
+      add_term(total[sub], put_granule(place, sub, granule / SUPER_TILE_GRANULES, seen, count,
+                                       logit[sub], variance[sub]));
     }
-    if (!boundary.seen) slab.importance.value[place] = NOT_SEEN;
   }
   join_log_sums(total);
-  return uint(reduce(float(seen), false));
 }
 
 void score_candidates(Tile tile, uint n) {
   for (uint base = 0; base < n * TAKERS; base += THREADS) {
     uint candidate = (base + gl_LocalInvocationID.x) / TAKERS;
     uint taker = (base + gl_LocalInvocationID.x) % TAKERS;
-    uint granule = granule_at(candidate_place(tile, candidate, n));
+    uint granule = granule_at(slab.candidates.value[min(candidate, n - 1)]);
     // Without a soft cap both add up to one logit.
     float logit[TAKEN * PARTS], variance[TAKEN * PARTS];
     [[unroll]] for (uint i = 0; i < TAKEN * PARTS; ++i) logit[i] = variance[i] = 0.0;
@@ -153,10 +134,9 @@ void score_candidates(Tile tile, uint n) {
         largest = max(largest, mass[j]);
       }
       [[unroll]] for (uint j = 0; j < PARTS; ++j) {
-        sum += exp_accurate(mass[j] - shift_of(largest));
+        sum += exp_of(mass[j] - shift_of(largest));
       }
-      slab.fine.value[candidate * FINE_SUBS + i * TAKERS + taker] =
-          shift_of(largest) + log_or_none(sum);
+      store_fine(slab, candidate, i * TAKERS + taker, shift_of(largest) + log_or_none(sum));
     }
   }
 }

@@ -260,3 +260,9 @@ def test_floor_beyond_what_is_judged(rng, two_judged):
     expected_prices = expected(operands, Options(SCALE), adaptation)
     assert ((expected_prices >> 16) == 0x6F00).reshape(-1, 4, 64).all(-1).any()
     assert_alike(operands, Options(SCALE), adaptation)
+
+
+def test_more_granules_than_shared_memory_takes_notes_of(rng):
+    """More than 2,048, which is what lavapipe has room for."""
+    operands = clustered(rng, 40, 34000, 1, 1, head_dim=4, batch=1)
+    assert_alike(operands, Options(SCALE), Adaptation(budget=0.25, query_tile=16))
