@@ -145,6 +145,7 @@ class Options:
       candidate_share: Likewise, the share of the granules that a tile sees that the router judges
         twice.
       floor_share: Likewise, the share of them that is exact for its importance.
+      judged_super_tiles: Likewise, how many super-tiles a tile looks into.
     """
 
     scale: float
@@ -155,6 +156,7 @@ class Options:
     level_count: int = 0
     candidate_share: float = 0.0
     floor_share: float = 0.0
+    judged_super_tiles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 // tile after another, the longest first, and writes two prices a granule: those at which it stops
 // being exact, and at which it stops having a row of its own (jax_aat/router.py, scores.py).
 // Products are float32 sums of a thread.
-#define SHARED_MASS 0
+#define HALF_PRODUCTS 0
 #include "common/router.glsl"
 
 // Columns of sub-queries pass through shared memory by slices, [quad][sub-query] (mean, mean square).
@@ -45,82 +45,59 @@ void add_products(inout float logit[SUBS], inout float variance[SUBS], uint plac
   }
 }
 
-// Logits of the means of super-tiles.
 void score_super_tiles(Tile tile) {
   uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
   for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += THREADS) {
     uint super_tile = base + gl_LocalInvocationID.x;
-    float logit[SUBS], unused[SUBS];
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = 0.0;
-    for (uint first = 0; first < QUADS; first += SLICE) {
-      uint quads = min(SLICE, QUADS - first);
-      stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
-      if (super_tile >= end) continue;
-      add_products(logit, unused, super_mean_place(super_tile, first), 1, false, quads);
-    }
-    if (super_tile >= end) continue;
-    for (uint sub = 0; sub < SUBS; ++sub) {
-      slab.super_logits.value[super_tile * SUBS + sub] = capped(logit[sub]).x;
-    }
-  }
-}
-
-uint score_granules(Tile tile) {
-  if (LEVELS > 2) {
-    score_super_tiles(tile);
-    sync_slab();
-  }
-  uint granules = padded_granules(), seen = 0;
-  LogSum total[SUBS];
-  [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) total[sub] = LogSum(-INFINITY, 0.0);
-  for (uint base = tile.first; base < tile.end; base += THREADS) {
-    uint granule = base + gl_LocalInvocationID.x;
     float logit[SUBS], variance[SUBS];
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = variance[sub] = 0.0;
     for (uint first = 0; first < QUADS; first += SLICE) {
       uint quads = min(SLICE, QUADS - first);
-      if (SLICE < QUADS || base == tile.first) {
+      stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
+      if (super_tile >= end) continue;
+      add_products(logit, variance, super_place(super_tile, first), 2, FOREMOST != 0, quads);
+    }
+    if (super_tile >= end) continue;
+    for (uint sub = 0; sub < SUBS; ++sub) {
+      put_super_tile(super_tile * SUBS + sub, logit[sub], variance[sub]);
+    }
+  }
+}
+
+void score_granules(Tile tile) {
+  LogSum total[SUBS];
+  [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) total[sub] = LogSum(-INFINITY, 0.0);
+  for (uint base = tile.first_place; base < tile.end_place; base += THREADS) {
+    uint place = base + gl_LocalInvocationID.x;
+    bool exists = place < tile.end_place;
+    uint granule = exists ? granule_at(place) : 0;
+    float logit[SUBS], variance[SUBS];
+    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = variance[sub] = 0.0;
+    for (uint first = 0; first < QUADS; first += SLICE) {
+      uint quads = min(SLICE, QUADS - first);
+      if (SLICE < QUADS || base == tile.first_place) {
         stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
       }
-      if (granule >= tile.end) continue;
+      if (!exists) continue;
       add_products(logit, variance, granule_place(granule, first), 2 * SUPER_TILE_GRANULES, true,
                    quads);
     }
-    if (granule >= tile.end) continue;
-    Boundary boundary = boundary_of(tile.number, granule);
-    slab.marks.value[granule] = marks_of(boundary);
-    seen += boundary.seen ? 1 : 0;
-    float count = log_count(granule * GRANULE_ROWS, GRANULE_ROWS);
-    if (count == -INFINITY) count = 0.0;
+    if (!exists) continue;
+    bool seen = is_seen(note_of(place));
+    float count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      uint place = sub * granules + granule;
-      vec2 bent = capped(logit[sub]);
-      float spread = variance[sub] * bent.y;
-      float mass = boundary.seen ? bent.x + spread / 2.0 + count : -INFINITY;
-      slab.log_mass.value[place] = mass;
-      add_term(total[sub], mass);
-      if (LEVELS > 1) {
-        vec2 variances = vec2(relative_variance(spread), 0);
-        if (LEVELS > 2) {
-          uint super_tile = granule / SUPER_TILE_GRANULES;
-          float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
-          variances.y = relative_variance(fma(apart, apart, spread));
-        }
-        store_variances(slab, place, variances);
-      }
+      add_term(total[sub], put_granule(place, sub, granule / SUPER_TILE_GRANULES, seen, count,
+                                       logit[sub], variance[sub]));
     }
-    if (!boundary.seen) slab.importance.value[granule] = NOT_SEEN;
   }
   join_log_sums(total);
-  return uint(reduce(float(seen), false));
 }
 
 void score_candidates(Tile tile, uint n) {
   for (uint base = 0; base < n * TAKERS; base += THREADS) {
     uint candidate = (base + gl_LocalInvocationID.x) / TAKERS;
     uint taker = (base + gl_LocalInvocationID.x) % TAKERS;
-    // Fewer where an importance is NaN.
-    uint granule = min(slab.candidates.value[min(candidate, n - 1)], tile.end - 1);
+    uint granule = granule_at(slab.candidates.value[min(candidate, n - 1)]);
     // Without a soft cap both add up to one logit.
     float logit[TAKEN * PARTS], variance[TAKEN * PARTS];
     [[unroll]] for (uint i = 0; i < TAKEN * PARTS; ++i) logit[i] = variance[i] = 0.0;
@@ -157,10 +134,9 @@ void score_candidates(Tile tile, uint n) {
         largest = max(largest, mass[j]);
       }
       [[unroll]] for (uint j = 0; j < PARTS; ++j) {
-        sum += exp_accurate(mass[j] - shift_of(largest));
+        sum += exp_of(mass[j] - shift_of(largest));
       }
-      slab.fine.value[candidate * FINE_SUBS + i * TAKERS + taker] =
-          shift_of(largest) + log_or_none(sum);
+      store_fine(slab, candidate, i * TAKERS + taker, shift_of(largest) + log_or_none(sum));
     }
   }
 }

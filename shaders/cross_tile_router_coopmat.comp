@@ -2,7 +2,7 @@
 // The router (cross_tile_router.comp) with its products on cooperative matrices, of halves: 16
 // sub-queries by 16 rows of keys a subgroup, means and variances apart. Queries stay in registers,
 // rows of keys pass through shared memory.
-#define SHARED_MASS 1
+#define HALF_PRODUCTS 1
 #include "common/coopmat_types.glsl"
 #include "common/router.glsl"
 
@@ -15,11 +15,9 @@ const uint PITCH = QUADS + 1;  // vectors from one staged row to the next: odd, 
 const uint FETCHES = 16 * QUADS / 32;
 const uint FINE_TILES = FINE_SUBS / 16;
 const uint SUB_ROWS = (SUBS + 7) / 8;  // that a lane holds elements of
+const bool AHEAD = HEAD_DIM <= 64;     // rows are fetched a step ahead: registers allow it
 
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantQuads {
-  uvec4 quad[];
-};
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedQuads {
   uvec4 quad[];
 };
 layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer SharedPairs {
@@ -64,22 +62,26 @@ void load_factors(uint t, uint first) {
   }
 }
 
-// Stages 16 rows of keys, row r of which lies at place[r / 4] and r % 4 rows further.
-void stage_rows(uvec4 place) {
+// Fetches 16 rows of keys, row r of which lies at place[r / 4] and r % 4 rows further.
+void fetch_rows(uvec4 place, out uvec4 fetched[FETCHES]) {
   ConstantQuads rows = ConstantQuads(uvec2(summaries));
-  uvec4 fetched[FETCHES];
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
     uint row = fetched_row(n);
     uint first = row < 8 ? (row < 4 ? place.x : place.y) : (row < 12 ? place.z : place.w);
     fetched[n] = rows.quad[first + row % 4 * QUADS + fetched_column(n)];
   }
+}
+
+// 16 rows one after another.
+void fetch_neighbours(uint place, out uvec4 fetched[FETCHES]) {
+  fetch_rows(place + uvec4(0, 4, 8, 12) * QUADS, fetched);
+}
+
+void stage_rows(uvec4 fetched[FETCHES]) {
   sync_subgroup();
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) staged[staged_place(n)] = fetched[n];
   sync_subgroup();
 }
-
-// 16 rows one after another.
-void stage_neighbours(uint place) { stage_rows(place + uvec4(0, 4, 8, 12) * QUADS); }
 
 // Of tile t and the staged rows: of the means, or of the variances.
 void multiply(uint t, uint kind, out float products[LANE_ELEMENTS]) {
@@ -92,37 +94,31 @@ void multiply(uint t, uint kind, out float products[LANE_ELEMENTS]) {
   [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) products[i] = sum[i];
 }
 
-void score_super_tiles() {
-  for (uint base = 0; base < super_tile_count(); base += 16 * SUBGROUPS) {
+void score_super_tiles(Tile tile) {
+  uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
+  load_factors(0, 0);
+  for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += 16 * SUBGROUPS) {
     uint first = min(base + gl_SubgroupID * 16, super_tile_count() - 1);
-    stage_neighbours(super_row_place(first));
-    float products[LANE_ELEMENTS];
-    multiply(0, 0, products);
+    uvec4 fetched[FETCHES];
+    fetch_neighbours(super_row_place(first), fetched);
+    stage_rows(fetched);
+    float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
+    multiply(0, 0, logit);
+    multiply(0, 1, variance);
     [[unroll]] for (uint i = 0; i < SUB_ROWS * LANE_COLUMNS; ++i) {
       uint super_tile = first + element_column(i), sub = element_row(i);
-      if (super_tile < super_tile_count() && sub < SUBS) {
-        slab.super_logits.value[super_tile * SUBS + sub] = capped(products[i]).x;
+      if (super_tile < end && sub < SUBS) {
+        put_super_tile(super_tile * SUBS + sub, logit[i], variance[i]);
       }
     }
   }
-}
-
-uint mark_granules(Tile tile) {
-  uint seen = 0;
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    Boundary boundary = boundary_of(tile.number, granule);
-    slab.marks.value[granule] = marks_of(boundary);
-    slab.importance.value[granule] = boundary.seen ? 0.0 : NOT_SEEN;
-    seen += boundary.seen ? 1 : 0;
-  }
-  return uint(reduce(float(seen), false));
 }
 
 // Of the rows that the lanes of all subgroups hold elements of.
 void join_lane_sums(LogSum own[SUB_ROWS]) {
   [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
     float largest = quad_max(own[h].largest);
-    float sum = quad_sum(own[h].sum * exp_accurate(own[h].largest - shift_of(largest)));
+    float sum = quad_sum(own[h].sum * exp_of(own[h].largest - shift_of(largest)));
     if (gl_SubgroupInvocationID % 4 == 0) {
       uint place = (gl_SubgroupID * 16 + lane_row(h)) * 2;
       reduced[place] = largest;
@@ -134,70 +130,92 @@ void join_lane_sums(LogSum own[SUB_ROWS]) {
     float largest = -INFINITY, sum = 0.0;
     for (uint i = 0; i < SUBGROUPS; ++i) largest = max(largest, reduced[(i * 16 + sub) * 2]);
     for (uint i = 0; i < SUBGROUPS; ++i) {
-      float factor = exp_accurate(reduced[(i * 16 + sub) * 2] - shift_of(largest));
+      float factor = exp_of(reduced[(i * 16 + sub) * 2] - shift_of(largest));
       sum = fma(reduced[(i * 16 + sub) * 2 + 1], factor, sum);
     }
-    sub_log_sum[sub] = shift_of(largest) + log_or_none(sum);
+    sub_log_sum[sub] = log_sum_of(sub, largest, sum);
   }
   barrier();
 }
 
-uint score_granules(Tile tile) {
-  uint seen = mark_granules(tile);
+// Of the granule at a subgroup's first place; past the end that at `base`.
+uint first_granule(Tile tile, uint base) {
+  uint first = base + gl_SubgroupID * 16;
+  return granule_at(first < tile.end_place ? first : base);
+}
+
+void score_granules(Tile tile) {
   load_factors(0, 0);
-  if (LEVELS > 2) score_super_tiles();
-  sync_slab();
-  uint granules = padded_granules();
   LogSum total[SUB_ROWS];
   [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) total[h] = LogSum(-INFINITY, 0.0);
   // All subgroups take as many steps: those past the end look at the first rows again, for nothing.
-  for (uint base = tile.first / 16 * 16; base < tile.end; base += 16 * SUBGROUPS) {
-    uint first = base + gl_SubgroupID * 16;
-    stage_neighbours(granule_row_place(first < tile.end ? first : base));
+  uint base = tile.first_place / 16 * 16, step = 16 * SUBGROUPS;
+  uvec4 fetched[FETCHES];
+  if (AHEAD) fetch_neighbours(granule_row_place(first_granule(tile, base)), fetched);
+  for (; base < tile.end_place; base += step) {
+    uint first = base + gl_SubgroupID * 16, granule = first_granule(tile, base);
+    if (!AHEAD) fetch_neighbours(granule_row_place(granule), fetched);
+    stage_rows(fetched);
+    if (AHEAD && base + step < tile.end_place) {
+      fetch_neighbours(granule_row_place(first_granule(tile, base + step)), fetched);
+    }
     float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
     multiply(0, 0, logit);
     multiply(0, 1, variance);
-    uint super_tile = first / SUPER_TILE_GRANULES;
     [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
-      uint granule = first + lane_column(c);
-      if (granule < tile.first || granule >= tile.end) continue;
-      bool is_seen = slab.importance.value[granule] != NOT_SEEN;
-      float count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
+      uint place = first + lane_column(c);
+      if (place < tile.first_place || place >= tile.end_place) continue;
+      bool seen = is_seen(note_of(place));
+      uint row = (granule + lane_column(c)) * GRANULE_ROWS;
+      float count = max(log_count(row, GRANULE_ROWS), 0.0);
       [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
         uint sub = lane_row(h), i = h * LANE_COLUMNS + c;
         if (sub >= SUBS) continue;
-        vec2 bent = capped(logit[i]);
-        float spread = variance[i] * bent.y;
-        float mass = is_seen ? bent.x + spread / 2.0 + count : -INFINITY;
-        uint place = sub * granules + granule;
-        slab.log_mass.value[place] = mass;
-        add_term(total[h], mass);
-        if (LEVELS > 1) {
-          vec2 variances = vec2(relative_variance(spread), 0);
-          if (LEVELS > 2) {
-            float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
-            variances.y = relative_variance(fma(apart, apart, spread));
-          }
-          store_variances(slab, place, variances);
-        }
+        add_term(total[h], put_granule(place, sub, granule / SUPER_TILE_GRANULES, seen, count,
+                                       logit[i], variance[i]));
       }
     }
   }
   join_lane_sums(total);
-  return seen;
+}
+
+// The places of a subgroup's four candidates from `first` on; those past the n-th mean nothing.
+uvec4 candidates_from(Tile tile, uint first, uint n) {
+  uvec4 places = SharedQuads(uvec2(slab.candidates)).quad[min(first, n - 1) / 4];
+  return min(places, uvec4(tile.end_place - 1));
+}
+
+// Their granules.
+uvec4 granules_at(uvec4 place) {
+  return uvec4(granule_at(place.x), granule_at(place.y), granule_at(place.z), granule_at(place.w));
+}
+
+void fetch_parts(uvec4 granule, out uvec4 fetched[FETCHES]) {
+  fetch_rows(part_row_place(0, 0) + granule * (PARTS * QUADS), fetched);
 }
 
 void score_candidates(Tile tile, uint n) {
   [[unroll]] for (uint t = 0; t < FINE_TILES; ++t) load_factors(t, 16 + t * 16);
-  for (uint base = 0; base < n; base += 4 * SUBGROUPS) {
-    uint first = base + gl_SubgroupID * 4;
-    uvec4 granules, places;
-    [[unroll]] for (uint i = 0; i < 4; ++i) {
-      // Fewer where an importance is NaN.
-      granules[i] = min(slab.candidates.value[min(first + i, n - 1)], tile.end - 1);
-      places[i] = part_row_place(granules[i], 0);
+  const uint step = 4 * SUBGROUPS;
+  uint first = gl_SubgroupID * 4;
+  uvec4 fetched[FETCHES];
+  uvec4 next = granules_at(candidates_from(tile, first, n)), after = uvec4(0);
+  if (AHEAD) {
+    fetch_parts(next, fetched);
+    after = candidates_from(tile, first + step, n);
+  }
+  for (uint base = 0; base < n; base += step, first += step) {
+    uvec4 granules = next;
+    if (!AHEAD) fetch_parts(granules, fetched);
+    stage_rows(fetched);
+    if (base + step < n) {
+      // Where rows are fetched ahead, their places are known another step before.
+      next = granules_at(AHEAD ? after : candidates_from(tile, first + step, n));
+      if (AHEAD) {
+        fetch_parts(next, fetched);
+        after = candidates_from(tile, first + 2 * step, n);
+      }
     }
-    stage_rows(places);
     // A lane holds two parts of a candidate in a row, its neighbour the other two.
     uint part = lane_column(0) % PARTS;
     bool low = lane_column(0) < PARTS;
@@ -217,12 +235,11 @@ void score_candidates(Tile tile, uint n) {
         float largest = max(mass[0], mass[1]);
         largest = max(largest, subgroupShuffleXor(largest, 1));
         float shift = shift_of(largest);
-        float sum = exp_accurate(mass[0] - shift) + exp_accurate(mass[1] - shift);
+        float sum = exp_of(mass[0] - shift) + exp_of(mass[1] - shift);
         sum += subgroupShuffleXor(sum, 1);
         uint candidate = first + (upper ? 2 : 0) + (low ? 0 : 1);
         if (candidate < n && gl_SubgroupInvocationID % 2 == 0) {
-          slab.fine.value[candidate * FINE_SUBS + t * 16 + element_row(i)] =
-              shift + log_or_none(sum);
+          store_fine(slab, candidate, t * 16 + element_row(i), shift + log_or_none(sum));
         }
       }
     }

@@ -10,6 +10,7 @@ const uint GRANULES_AT_ONCE = THREADS / QUADS;
 
 shared vec4 column_sums[THREADS];
 shared vec2 row_sums[THREADS];
+shared vec4 super_keys[QUADS];
 shared vec4 super_values[QUADS];
 shared vec3 granule_values[SUPER_TILE_GRANULES];
 
@@ -17,6 +18,14 @@ struct Moments {
   vec4 mean;
   vec4 spread;  // sum of the squared distances from it; or their mean
 };
+
+// Of two sets of so many rows together; spreads are sums.
+Moments joined(Moments a, float a_rows, Moments b, float b_rows) {
+  float share = b_rows / max(a_rows + b_rows, 1.0);
+  vec4 distance = b.mean - a.mean;
+  return Moments(fma(distance, vec4(share), a.mean),
+                 a.spread + b.spread + a_rows * share * distance * distance);
+}
 
 // Of up to PART_ROWS rows from `first` on.
 Moments part_moments(View view, uint first, uint quad) {
@@ -119,7 +128,9 @@ void main() {
   uint quad = gl_LocalInvocationID.x % QUADS, place = gl_LocalInvocationID.x / QUADS;
   uint first_granule = super_tile * SUPER_TILE_GRANULES;
 
-  vec4 key_sum = vec4(0), value_sum = vec4(0);
+  Moments own_keys = Moments(vec4(0), vec4(0));
+  float own_rows = 0;
+  vec4 value_sum = vec4(0);
   for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
     uint local = base + place, granule = first_granule + local;
     bool own = place < GRANULES_AT_ONCE && local < SUPER_TILE_GRANULES;
@@ -134,7 +145,8 @@ void main() {
       summaries.vector[value_mean_place(granule, quad)] = value.mean;
 
       Moments key = granule_moments(keys, granule, quad, parts);
-      key_sum += key.mean * count;
+      own_keys = joined(own_keys, own_rows, key, count);
+      own_rows += count;
       [[unroll]] for (uint i = 0; i < PARTS; ++i) {
         uint rows = rows_from(granule * GRANULE_ROWS + i * PART_ROWS, PART_ROWS);
         parts[i].spread /= float(max(rows, 1));
@@ -146,17 +158,23 @@ void main() {
   }
 
   uint rows = rows_from(super_tile * SUPER_TILE_ROWS, SUPER_TILE_ROWS);
-  vec4 key_mean = sum_columns(key_sum) / float(max(rows, 1));
+  vec4 key_mean = sum_columns(own_keys.mean * own_rows) / float(max(rows, 1));
   vec4 value_mean = sum_columns(value_sum) / float(max(rows, 1));
   if (gl_LocalInvocationID.x < QUADS) {
-    if (HALVES != 0) {
-      store_row(summaries, super_row_place(super_tile), quad, Moments(key_mean, vec4(0)));
-    } else {
-      summaries.vector[super_mean_place(super_tile, quad)] = key_mean;
-    }
+    super_keys[quad] = key_mean;
     super_values[quad] = value_mean;
   }
   barrier();
+  vec4 apart = own_keys.mean - super_keys[quad];
+  vec4 key_variance = sum_columns(own_keys.spread + own_rows * apart * apart) / float(max(rows, 1));
+  if (gl_LocalInvocationID.x < QUADS) {
+    if (HALVES != 0) {
+      store_row(summaries, super_row_place(super_tile), quad, Moments(key_mean, key_variance));
+    } else {
+      summaries.vector[super_place(super_tile, quad)] = key_mean;
+      summaries.vector[super_place(super_tile, quad) + 1] = key_variance;
+    }
+  }
   for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
     uint local = base + place, granule = first_granule + local;
     bool own = place < GRANULES_AT_ONCE && local < SUPER_TILE_GRANULES;

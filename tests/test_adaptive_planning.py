@@ -19,7 +19,7 @@ from jax_aat import (
     plan_tiles,
     tiled_attention,
 )
-from jax_aat.levels import HIDDEN, unpack_levels
+from jax_aat.levels import EXACT, HIDDEN, unpack_levels
 
 
 def inputs(rng, length, heads=4, kv_heads=2, batch=1, dtype="float32", clusters=0):
@@ -154,15 +154,18 @@ def test_masks_and_biases_are_planned_by_xla(rng):
         plan_tiles(q, k, v, Adaptation(budget=1.0), implementation="vulkan")
 
 
-def test_long_sequences_are_priced_by_xla(rng, monkeypatch):
+def test_long_sequences_are_planned_by_shaders(rng, monkeypatch):
+    """Which look into the foremost super-tiles only, as jax.numpy does."""
     monkeypatch.setattr(hierarchy, "JUDGED", 1)
     q, k, v = inputs(rng, 2100)
     adaptation = Adaptation(threshold=1e-4)
     expected = plan_tiles(q, k, v, adaptation, implementation="xla")
     with Ran("vulkan", "plan"):
         plan = jax.block_until_ready(plan_tiles(q, k, v, adaptation, implementation="vulkan"))
-    assert not any(name.startswith("cross_tile_router") for name in last_dispatch().kernels)
-    assert_same_bits(plan, expected)
+    assert any(name.startswith("cross_tile_router") for name in last_dispatch().kernels)
+    ours, theirs = (unpack_levels(x.levels, x.grid.granules) for x in (plan, expected))
+    assert (ours != theirs).mean() < 2e-3
+    assert (ours == EXACT).any(-1).all()
 
 
 def test_vmap_equals_a_loop(rng, one_submission):

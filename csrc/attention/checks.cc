@@ -30,6 +30,11 @@ void CheckPlanning(const AttentionProblem& problem) {
   CheckIndex(std::uint64_t{params.plan_tiles} * Granules(params), "prices");
   Require(params.level_count >= 1 && params.level_count <= 3,
           "a plan has 1 to 3 levels; got " + std::to_string(params.level_count));
+  const std::uint32_t super_tiles = params.coarse_rows - Granules(params);
+  Require((problem.features & FEATURE_PRICES) ||
+              (params.judged_super_tiles >= 1 && params.judged_super_tiles <= super_tiles),
+          "a tile looks into 1 to all of the " + std::to_string(super_tiles) +
+              " super-tiles; got " + std::to_string(params.judged_super_tiles));
   Require(!(problem.features & (FEATURE_MASK | FEATURE_BIAS)),
           "plans for a mask or a bias are not made by shaders: use implementation='xla'");
 }

@@ -24,7 +24,9 @@ constexpr std::uint64_t kMostSlabs = 1024;
 constexpr std::uint64_t kMostSlabBytes = std::uint64_t{1} << 28;
 constexpr std::uint64_t kSlabAlignment = 64;  // floats
 constexpr std::uint32_t kCoopmatThreads = 128;
-constexpr std::uint32_t kRouterSharedBytes = 8192;  // at most, besides staged rows
+// Shared memory of the router besides staged rows and notes, at most.
+constexpr std::uint32_t RouterSharedBytes(std::uint32_t threads) { return 36 * threads + 2560; }
+constexpr std::uint32_t kPortableStagedBytes = 8192;
 // As in shaders/plan_price.comp.
 constexpr std::uint32_t kHistogramWords = 2 * (1024 + 32);
 enum PriceStage { kClear, kCoarse, kFine, kChoose };
@@ -102,14 +104,15 @@ class TilePlanner {
     const std::uint64_t summary = SummaryFloats();
     params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
     builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
-    const std::uint64_t slab = SlabFloats();
+    const KernelShape router = RouterShape();
+    const bool on_matrices = router.required_subgroup_size != 0;
+    const std::uint32_t shared_notes = SharedNotes(router);
+    const std::uint64_t slab = SlabFloats(shared_notes != 1);
     const std::uint64_t workgroups =
         std::clamp<std::uint64_t>(kMostSlabBytes / (4 * slab), 1, std::min(kMostSlabs, Tiles()));
     params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
     builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4);
 
-    const KernelShape router = RouterShape();
-    const bool on_matrices = router.required_subgroup_size != 0;
     KernelShape processor = {"tile_processor", Threads(), PlanTileRows(params_), kGranuleRows};
     builder_
         .Add(builder_.ModuleName(processor), processor, kVisibilityFeatures,
@@ -120,17 +123,18 @@ class TilePlanner {
                                       kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
     dispatch.specialization.push_back(params_.level_count);
     dispatch.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
+    dispatch.specialization.push_back(IsForemost() ? 1 : 0);
+    dispatch.specialization.push_back(shared_notes);
   }
 
   // On cooperative matrices where they serve: they would round what float32 operands say.
   KernelShape RouterShape() const {
     KernelShape shape = {"cross_tile_router", Threads(), PlanTileRows(params_), kGranuleRows};
     const DeviceTraits& traits = builder_.traits();
-    const std::uint32_t shared = kCoopmatThreads / 2 * (params_.head_dim / 4 + 1) * 16;
     if (builder_.problem().dtype != DTYPE_F32 && traits.coopmat_float16 &&
         traits.coopmat_layout_known && params_.head_dim % 16 == 0 && params_.head_dim <= 128 &&
         (shape.tile_rows == 64 || shape.tile_rows == 128) &&
-        shared + kRouterSharedBytes <= traits.max_shared_memory) {
+        CoopmatStagedBytes() + RouterSharedBytes(kCoopmatThreads) <= traits.max_shared_memory) {
       shape.shader = "cross_tile_router_coopmat";
       shape.threads = kCoopmatThreads;
       shape.required_subgroup_size = 32;
@@ -138,26 +142,53 @@ class TilePlanner {
     return shape;
   }
 
+  std::uint32_t CoopmatStagedBytes() const {
+    return kCoopmatThreads / 2 * (params_.head_dim / 4 + 1) * 16;
+  }
+
+  // Words of notes that the router keeps in shared memory, or 1 where they do not fit. Few numbers,
+  // as each makes another pipeline.
+  std::uint32_t SharedNotes(const KernelShape& router) const {
+    const std::uint32_t used =
+        RouterSharedBytes(router.threads) +
+        (router.required_subgroup_size != 0 ? CoopmatStagedBytes() : kPortableStagedBytes);
+    for (const std::uint32_t words : {1024u, 2048u, 4096u}) {
+      if (words < Notes()) continue;
+      return used + 4 * words <= builder_.traits().max_shared_memory ? words : 1;
+    }
+    return 1;
+  }
+
+  // Of the granules that a tile looks into, or of super-tiles.
+  std::uint64_t Notes() const {
+    const std::uint64_t places = params_.judged_super_tiles * kSuperTileGranules;
+    return IsForemost() ? std::max(places, SuperTiles()) : places;
+  }
+
   std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
+  // Whether tiles look into some super-tiles only.
+  bool IsForemost() const { return params_.judged_super_tiles < SuperTiles(); }
 
   // Of one batch entry and key/value head (shaders/common/summaries.glsl).
   std::uint64_t SummaryFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
-    return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles());
+    return 4 * (granules * (11 * quads + 1) + (2 * SuperTiles() + 15) * quads + SuperTiles());
   }
 
   // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).
-  std::uint64_t SlabFloats() const {
+  std::uint64_t SlabFloats(bool notes_are_shared) const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
-    const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
+    const std::uint64_t places = params_.judged_super_tiles * kSuperTileGranules;
     const std::uint64_t sub_positions = std::min(params_.plan_positions, kSubQueryPositions);
     const std::uint64_t subs = params_.plan_positions / sub_positions * TileHeads(params_);
     const std::uint64_t fine_subs =
         subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions));
-    const double candidates = std::ceil(params_.candidate_share * Granules(params_)) + 1;
-    const std::uint64_t floats = (subs + fine_subs) * quads * 8 + granules * (3 * subs + 3) +
-                                 SuperTiles() * subs +
+    const double candidates = std::ceil(params_.candidate_share * places) + 1;
+    const std::uint64_t super_floats = SuperTiles() * (IsForemost() ? 2 * subs + 2 : subs);
+    const std::uint64_t notes = notes_are_shared ? 0 : Notes();
+    const std::uint64_t floats = (subs + fine_subs) * quads * 8 +
+                                 places * (8 * DivideUp(subs, 4) + 1) + notes + super_floats +
                                  static_cast<std::uint64_t>(candidates) * fine_subs;
     return DivideUp(floats, kSlabAlignment) * kSlabAlignment;
   }

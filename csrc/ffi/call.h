@@ -22,6 +22,7 @@ struct CallAttributes {
   std::uint32_t level_count = 0;
   float candidate_share = 0;
   float floor_share = 0;
+  std::uint32_t judged_super_tiles = 0;
 };
 
 struct AttentionCall {

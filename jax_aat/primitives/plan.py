@@ -55,14 +55,8 @@ def shader_goal(
     log_lambda: jax.Array | None = None,
     previous: jax.Array | None = None,
 ) -> Operands:
-    """What shaders need besides the operands of a call; arguments as those of `router.route`.
-
-    It includes PRICES where tiles look into super-tiles first, which shaders do not.
-    """
+    """What shaders need besides the operands of a call; arguments as those of `router.route`."""
     goal = router.goal_of(operands, options, grid, adaptation, log_lambda, previous)
-    judged = judged_super_tiles(operands, grid, router.candidate_share(adaptation))
-    if judged < grid.super_tiles:
-        goal[Slot.PRICES] = router.break_even(operands, options, grid, adaptation)
     return {slot: lax.stop_gradient(x) for slot, x in goal.items()}
 
 
@@ -116,12 +110,14 @@ def _bind(
     results: tuple[Slot, ...],
     primitive: Primitive,
 ) -> list[Any]:
+    candidates = router.candidate_share(adaptation)
+    options = dataclasses.replace(options, query_tile=adaptation.query_tile)
     options = dataclasses.replace(
         options,
-        query_tile=adaptation.query_tile,
         level_count=len(adaptation.levels),
-        candidate_share=router.candidate_share(adaptation),
+        candidate_share=candidates,
         floor_share=router.floor_share(adaptation),
+        judged_super_tiles=judged_super_tiles(operands, _grid(operands, options), candidates),
     )
     return rules.bind(
         primitive,

@@ -3,34 +3,34 @@
 #include "common/elementary.glsl"
 #include "common/workgroup.glsl"
 #include "common/router_slab.glsl"
+#include "common/log_sums.glsl"
 
 #define PRICE_INFINITE 0x7f80u
 #define PRICE_KEPT 0x6f00u  // 2^95: no error reaches it
 
 const float LARGEST_VARIANCE = 2.0;
-// Sums of sub-queries that the workgroup finds together.
-const uint TOGETHER = SUBS < REDUCED_AT_ONCE ? SUBS : REDUCED_AT_ONCE;
-
-shared float sub_log_sum[SUBS];        // of the mass of what a sub-query sees
-shared float fine_log_sum[FINE_SUBS];  // the same by finer sub-queries, after stage 2
+shared float fine_log_sum[FINE_SUBS];  // as sub_log_sum, by finer sub-queries, after stage 2
 
 struct Tile {
   uint number;
   uint list;
   uint kv_head;
   uint first, end;  // granules that it may see
+  uint first_place, end_place;  // of the granules that it looks into
 };
 
 Slab slab;
 ConstantVectors summaries;
 
-float log_or_none(float x) { return x > 0.0 ? log_accurate(x) : -INFINITY; }
-float shift_of(float log_sum) { return log_sum == -INFINITY ? 0.0 : log_sum; }
+#include "common/ranking.glsl"
 
 // exp(x) - 1 for x from 0 to LARGEST_VARIANCE.
 float relative_variance(float x) {
   x = min(x, LARGEST_VARIANCE);
-  if (x > 0.5) return exp_accurate(x) - 1.0;
+#if HALF_PRODUCTS
+  return x > 0.0625 ? exp_of(x) - 1.0 : fma(x * fma(x, 1.0 / 6.0, 0.5), x, x);
+#else
+  if (x > 0.5) return exp_of(x) - 1.0;
   float y = 1.0 / 362880.0;
   y = fma(y, x, 1.0 / 40320.0);
   y = fma(y, x, 1.0 / 5040.0);
@@ -40,6 +40,7 @@ float relative_variance(float x) {
   y = fma(y, x, 1.0 / 6.0);
   y = fma(y, x, 0.5);
   return fma(y * x, x, x);
+#endif
 }
 
 // The logit after the soft cap, and the square of its slope, by which variances shrink.
@@ -54,170 +55,156 @@ float log_count(uint first, uint rows) { return log_or_none(float(rows_from(firs
 
 uint upper_half(float x) { return x > 0.0 ? floatBitsToUint(x) >> 16 : 0; }
 
-// A sum of exponentials that grows term by term.
-struct LogSum {
-  float largest;
-  float sum;  // of exp(x - largest)
-};
-
-void add_term(inout LogSum total, float x) {
-  if (x > total.largest) {
-    total.sum = fma(total.sum, exp_accurate(total.largest - x), 1.0);
-    total.largest = x;
-  } else if (x != -INFINITY) {
-    total.sum += exp_accurate(x - total.largest);
-  }
-}
-
-// The logarithms of the workgroup's sums, into sub_log_sum.
-void join_log_sums(LogSum own[SUBS]) {
-  for (uint first = 0; first < SUBS; first += TOGETHER) {
-    float largest[TOGETHER];
-    barrier();
-    [[unroll]] for (uint i = 0; i < TOGETHER; ++i) {
-      reduced[i * THREADS + gl_LocalInvocationID.x] = own[first + i].largest;
-    }
-    reduce_columns(TOGETHER, true);
-    [[unroll]] for (uint i = 0; i < TOGETHER; ++i) largest[i] = reduced[i];
-    barrier();
-    [[unroll]] for (uint i = 0; i < TOGETHER; ++i) {
-      float factor = exp_accurate(own[first + i].largest - shift_of(largest[i]));
-      reduced[i * THREADS + gl_LocalInvocationID.x] = own[first + i].sum * factor;
-    }
-    reduce_columns(TOGETHER, false);
-    if (gl_LocalInvocationID.x < TOGETHER) {
-      uint i = gl_LocalInvocationID.x;
-      sub_log_sum[first + i] = shift_of(largest[i]) + log_or_none(reduced[i]);
-    }
-  }
-  barrier();
-}
-
 // Of the kernel: both stages' products.
 //
-// Stage 1: marks the granules that the tile may see, weighs them by their means and variances, and
-// sums that into sub_log_sum. Returns how many the tile sees.
-uint score_granules(Tile tile);
+// Stage 1: weighs the granules at the tile's places by their means and variances, which it stores in
+// the slab, and sums that into sub_log_sum.
+void score_granules(Tile tile);
 // Stage 2: the mass of n candidates by finer sub-queries and parts of granules, into slab.fine.
 void score_candidates(Tile tile, uint n);
 
-uint marks_of(Boundary boundary) {
-  return (boundary.whole ? MARK_WHOLE : 0) | (boundary.super_whole ? MARK_SUPER_WHOLE : 0);
+uint granule_at(uint place) {
+  if (FOREMOST == 0) return place;
+  return slab.looked_into.value[place / SUPER_TILE_GRANULES] * SUPER_TILE_GRANULES +
+         place % SUPER_TILE_GRANULES;
+}
+
+// Of a place of the tile.
+Boundary boundary_at(Tile tile, uint place) {
+  uint granule = granule_at(place);
+  // Super-tiles that are looked into reach further than what the tile sees.
+  if (FOREMOST != 0 && (granule < tile.first || granule >= tile.end)) {
+    return Boundary(false, false, false, false);
+  }
+  return boundary_of(tile.number, granule);
+}
+
+// Notes what the tile may see of the granules at its places. Returns how many it sees.
+uint mark_granules(Tile tile) {
+  uint seen = 0;
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    Boundary boundary = boundary_at(tile, place);
+    set_note(place, (boundary.seen ? MARK_SEEN : 0) | (boundary.whole ? MARK_WHOLE : 0) |
+                        (boundary.super_whole ? MARK_SUPER_WHOLE : 0));
+    seen += boundary.seen ? 1 : 0;
+  }
+  return count_all(seen);
+}
+
+// What the products of a granule that the tile looks into say of its mass, for a sub-query.
+float put_granule(uint place, uint sub, uint super_tile, bool seen, float log_count, float logit,
+                  float variance) {
+  vec2 bent = capped(logit);
+  float spread = variance * bent.y;
+  float mass = seen ? bent.x + spread / 2.0 + log_count : -INFINITY;
+  store_mass(slab, place, sub, mass);
+  if (LEVELS > 1) {
+    vec2 variances = vec2(relative_variance(spread), 0);
+    if (LEVELS > 2) {
+      float apart = bent.x - slab.super_logits.value[super_tile * SUBS + sub];
+      variances.y = relative_variance(fma(apart, apart, spread)) - variances.x;
+    }
+    store_variances(slab, place, sub, variances);
+  }
+  return mass;
 }
 
 // Mean squared probabilities after stage 1.
 void judge_granules(Tile tile) {
-  uint granules = padded_granules();
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint note = note_of(place);
+    if (!is_seen(note)) continue;
+    vec4 mass[SUB_QUADS];
+    load_masses(slab, place, mass);
     float importance = 0.0;
-    for (uint sub = 0; sub < SUBS; ++sub) {
-      float mass = slab.log_mass.value[sub * granules + granule];
-      if (mass == -INFINITY) continue;
-      float share = exp_accurate(mass - shift_of(sub_log_sum[sub]));
+    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+      float share = exp_of(mass[sub / 4][sub % 4] - shift_of(sub_log_sum[sub]));
       importance = fma(share * share, sub_weight[sub], importance);
     }
-    if (slab.log_mass.value[granule] != -INFINITY) slab.importance.value[granule] = importance;
+    set_note(place, with_importance(note, importance));
   }
 }
 
-// Of granules that the tile sees: the bits of the n-th largest importance, and how many are larger.
-uvec2 nth_importance(Tile tile, uint n) {
-  uint prefix = 0, known = 0, above = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    barrier();
-    for (uint i = gl_LocalInvocationID.x; i < 256; i += THREADS) histogram[i] = 0;
-    barrier();
-    for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end;
-         granule += THREADS) {
-      uint bits = floatBitsToUint(slab.importance.value[granule]);
-      if (bits < 0x80000000u && (bits & known) == prefix) {
-        atomicAdd(histogram[(bits >> shift) & 255u], 1u);
+#include "common/foremost.glsl"
+
+// The logarithms of the sums of mass by finer sub-queries, of n candidates and of the rest, of which
+// sub_log_sum tells, into fine_log_sum.
+void sum_candidates(uint n) {
+  const uint step = THREADS / FINE_QUADS, ahead = 4;
+  LogSum own[4];
+  [[unroll]] for (uint c = 0; c < 4; ++c) own[c] = LogSum(-INFINITY, 0.0);
+  for (uint i = gl_LocalInvocationID.x / FINE_QUADS; i < n; i += step * ahead) {
+    vec4 mass[ahead];
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      mass[j] = vec4(-INFINITY);
+      if (i + j * step < n) {
+        uint place = (i + j * step) * FINE_QUADS + gl_LocalInvocationID.x % FINE_QUADS;
+        mass[j] = slab.fine.vector[place];
       }
     }
-    uvec2 bin = find_bin(n - above);
-    prefix |= bin.x << shift;
-    known |= 255u << shift;
-    above += bin.y;
-  }
-  return uvec2(prefix, above);
-}
-
-// The n most important granules become candidates, in ascending order; of equals the first.
-void choose_candidates(Tile tile, uint n) {
-  uvec2 least = nth_importance(tile, n);
-  uint each = divide_up(tile.end - tile.first, THREADS);
-  uint first = min(tile.first + gl_LocalInvocationID.x * each, tile.end);
-  uint end = min(first + each, tile.end);
-  uvec2 own = uvec2(0);
-  for (uint granule = first; granule < end; ++granule) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
-    if (bits < 0x80000000u) own += uvec2(bits > least.x, bits == least.x);
-  }
-  uvec2 before = uvec2(scan(own.x), scan(own.y)) - own;
-  for (uint granule = first; granule < end; ++granule) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
-    if (bits >= 0x80000000u) continue;
-    bool equal = bits == least.x;
-    uint room = n - least.y;
-    if (bits > least.x || (equal && before.y < room)) {
-      uint place = before.x + min(before.y, room);
-      slab.candidates.value[place] = granule;
-      slab.marks.value[granule] |= (place + 1) << MARK_BITS;
-    }
-    before += uvec2(bits > least.x, equal);
-  }
-}
-
-// Sums the mass of candidates and of the rest, and leaves in `fine` the mean squared probability of
-// each candidate and sub-query, at its first finer one, and in sub_log_sum what those of the rest are
-// relative to: the shift that gives the mean over finer sub-queries of exp(2 (x - their sum)).
-void refine(Tile tile, uint n) {
-  uint granules = padded_granules();
-  LogSum rest[SUBS];
-  [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) rest[sub] = LogSum(-INFINITY, 0.0);
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    if (slab.marks.value[granule] >> MARK_BITS != 0) continue;
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      add_term(rest[sub], slab.log_mass.value[sub * granules + granule]);
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      [[unroll]] for (uint c = 0; c < 4; ++c) add_term(own[c], mass[j][c]);
     }
   }
-  join_log_sums(rest);
-
-  uint fine = gl_LocalInvocationID.x % FINE_SUBS;
-  LogSum own = LogSum(-INFINITY, 0.0);
-  for (uint i = gl_LocalInvocationID.x / FINE_SUBS; i < n; i += THREADS / FINE_SUBS) {
-    add_term(own, slab.fine.value[i * FINE_SUBS + fine]);
+  barrier();
+  [[unroll]] for (uint c = 0; c < 4; ++c) {
+    reduced[c * THREADS + gl_LocalInvocationID.x] = own[c].largest;
+    reduced[(4 + c) * THREADS + gl_LocalInvocationID.x] = own[c].sum;
   }
-  reduced[gl_LocalInvocationID.x] = own.largest;
-  reduced[THREADS + gl_LocalInvocationID.x] = own.sum;
   barrier();
   if (gl_LocalInvocationID.x < FINE_SUBS) {
+    uint fine = gl_LocalInvocationID.x;
+    uint first = fine % 4 * THREADS + fine / 4, end = first - fine / 4 + THREADS;
     float largest = sub_log_sum[fine / FINES];
-    for (uint i = fine; i < THREADS; i += FINE_SUBS) largest = max(largest, reduced[i]);
+    for (uint i = first; i < end; i += FINE_QUADS) largest = max(largest, reduced[i]);
     float shift = shift_of(largest);
-    float sum = exp_accurate(sub_log_sum[fine / FINES] - shift);
-    for (uint i = fine; i < THREADS; i += FINE_SUBS) {
-      sum = fma(reduced[THREADS + i], exp_accurate(reduced[i] - shift), sum);
+    float sum = exp_of(sub_log_sum[fine / FINES] - shift);
+    for (uint i = first; i < end; i += FINE_QUADS) {
+      sum = fma(reduced[4 * THREADS + i], exp_of(reduced[i] - shift), sum);
     }
     fine_log_sum[fine] = shift_of(shift + log_or_none(sum));
   }
   barrier();
+}
+
+// After stage 2: leaves in sub_log_sum what masses are relative to, the shift that gives the mean over
+// finer sub-queries of exp(2 (x - their sum)), and as the mass of each of the n candidates that which
+// then gives the mean of its own.
+void refine(Tile tile, uint n) {
+  LogSum rest[SUBS];
+  [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) rest[sub] = LogSum(-INFINITY, 0.0);
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint note = note_of(place);
+    if (is_chosen(note) || !is_seen(note)) continue;
+    vec4 mass[SUB_QUADS];
+    load_masses(slab, place, mass);
+    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) add_term(rest[sub], mass[sub / 4][sub % 4]);
+  }
+  join_log_sums(rest);
+  sum_candidates(n);
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
     float least = INFINITY, mean = 0.0;
     for (uint i = sub * FINES; i < (sub + 1) * FINES; ++i) least = min(least, fine_log_sum[i]);
     for (uint i = sub * FINES; i < (sub + 1) * FINES; ++i) {
-      mean = fma(fine_part[i], exp_accurate(2.0 * (least - fine_log_sum[i])), mean);
+      mean = fma(fine_part[i], exp_of(2.0 * (least - fine_log_sum[i])), mean);
     }
-    sub_log_sum[sub] = least - log_accurate(max(mean, 1e-30)) / 2.0;
+    sub_log_sum[sub] = least - log_of(max(mean, 1e-30)) / 2.0;
   }
+  barrier();
   for (uint i = gl_LocalInvocationID.x; i < n * SUBS; i += THREADS) {
-    uint sub = i % SUBS;
+    uint first = i * FINES, sub = i % SUBS;
+    vec4 mass = slab.fine.vector[first / 4];
+    uint place = slab.candidates.value[i / SUBS];
     float square = 0.0;
-    for (uint j = sub * FINES; j < (sub + 1) * FINES; ++j) {
-      float mass = slab.fine.value[i / SUBS * FINE_SUBS + j];
-      square = fma(fine_part[j], exp_accurate(2.0 * (mass - fine_log_sum[j])), square);
+    [[unroll]] for (uint j = 0; j < FINES; ++j) {
+      uint fine = sub * FINES + j;
+      float share = exp_of(2.0 * (mass[(first + j) % 4] - fine_log_sum[fine]));
+      square = fma(fine_part[fine], share, square);
     }
-    slab.fine.value[i / SUBS * FINE_SUBS + sub * FINES] = square;
+    store_mass(slab, place, sub, sub_log_sum[sub] + log_or_none(square) / 2.0);
   }
 }
 
@@ -230,8 +217,8 @@ float value_unit() {
   return max(reduce(total, false) / float(max(key_limit, 1)), 1.17549435e-38);
 }
 
-// The two prices of a granule that the tile sees, by sums over sub-queries of squared probabilities
-// and of their errors at both levels.
+// The two prices of a granule that the tile sees, by sums over sub-queries of squared probabilities,
+// of their errors at level 1, and of what level 2 adds to these.
 uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
   if (LEVELS == 1) {
     return uvec2(upper_half(importance * value.z / float(GRANULE_ROWS)), 0);
@@ -240,55 +227,57 @@ uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
   float exact = error / float(GRANULE_ROWS - 1);
   uint mean = PRICE_INFINITE;
   if (LEVELS > 2 && (marks & MARK_SUPER_WHOLE) != 0) {
-    float super_error = errors.y * (value.x + value.y);
-    exact = min(exact, super_error / float(GRANULE_ROWS));
-    mean = upper_half(super_error - error);
+    // By what level 2 adds, so that the rounding of variances is not that of a difference.
+    float added = fma(errors.x + errors.y, value.y, errors.y * value.x);
+    exact = min(exact, (error + added) / float(GRANULE_ROWS));
+    mean = upper_half(added);
   }
   return uvec2(upper_half(exact), mean);
 }
 
-// The squared probability of a granule that the tile sees, for a sub-query.
-float squared_share(float mass, uint candidate, uint sub) {
-  if (candidate != 0) return slab.fine.value[(candidate - 1) * FINE_SUBS + sub * FINES];
-  return exp_accurate(2.0 * (mass - shift_of(sub_log_sum[sub])));
-}
-
-// Writes what errors say, and leaves the importance of granules as stage 2 sees it in the slab.
+// Writes what errors say, and notes the importance of granules as stage 2 sees it.
 void write_prices(Tile tile, uvec2 prices) {
-  uint granules = padded_granules();
   float unit = value_unit();
-  for (uint granule = gl_LocalInvocationID.x; granule < granule_count(); granule += THREADS) {
-    if (granule < tile.first || granule >= tile.end) Words(prices).word[granule] = 0;
-  }
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint granule = granule_at(place), note = note_of(place);
     uvec2 price = uvec2(0);
-    if (slab.log_mass.value[granule] != -INFINITY) {
-      uint marks = slab.marks.value[granule];
+    if (is_seen(note)) {
+      vec4 mass[SUB_QUADS];
+      uvec4 variances[SUB_QUADS];
+      load_masses(slab, place, mass);
+      if (LEVELS > 1) load_variances(slab, place, variances);
+      vec4 value = summaries.vector[value_place(granule)];
       float importance = 0.0;
       vec2 errors = vec2(0);
-      for (uint sub = 0; sub < SUBS; ++sub) {
-        uint place = sub * granules + granule;
-        float share = squared_share(slab.log_mass.value[place], marks >> MARK_BITS, sub);
+      [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+        float share = exp_of(2.0 * (mass[sub / 4][sub % 4] - shift_of(sub_log_sum[sub])));
         share *= sub_weight[sub];
         importance += share;
-        if (LEVELS > 1) errors = fma(vec2(share), load_variances(slab, place), errors);
+        if (LEVELS > 1) {
+          errors = fma(vec2(share), unpack_variances(variances[sub / 4][sub % 4]), errors);
+        }
       }
-      slab.importance.value[granule] = importance;
-      price = prices_of(importance, errors, summaries.vector[value_place(granule)] / unit, marks);
-      if ((marks & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
+      set_note(place, with_importance(note, importance));
+      price = prices_of(importance, errors, value / unit, note);
+      if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
     }
-    Words(prices).word[granule] = price.x << 16 | price.y;
+    if (granule < granule_count()) Words(prices).word[granule] = price.x << 16 | price.y;
   }
 }
 
 // The n most important granules stay exact at any price that errors explain, and beyond, where a
 // budget leaves no room, in the order of theirs.
 void keep_foremost(Tile tile, uvec2 prices, uint n) {
-  uint least = nth_importance(tile, n).x;
-  for (uint granule = tile.first + gl_LocalInvocationID.x; granule < tile.end; granule += THREADS) {
-    uint bits = floatBitsToUint(slab.importance.value[granule]);
+  uint least = nth_key(tile.first_place, tile.end_place, n).x;
+  if (FOREMOST != 0 && least == 0) price_others(tile, prices, true);
+  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
+       place += THREADS) {
+    uint note = note_of(place);
+    if (!is_seen(note) || key_of(note) < least) continue;
+    uint granule = granule_at(place);
     uint price = Words(prices).word[granule];
-    if (bits >= 0x80000000u || bits < least || price >> 16 == PRICE_INFINITE) continue;
+    if (price >> 16 == PRICE_INFINITE) continue;
     Words(prices).word[granule] = (PRICE_KEPT + (price >> 19)) << 16 | (price & 0xffffu);
   }
 }
@@ -313,6 +302,8 @@ Tile tile_of(uint rank) {
   }
   tile.end = divide_up(end_key, GRANULE_ROWS);
   tile.first = min(first_key / GRANULE_ROWS, tile.end);
+  tile.first_place = tile.first;
+  tile.end_place = tile.end;
   return tile;
 }
 
@@ -325,14 +316,22 @@ void price_tile(Tile tile) {
   make_sub_queries(tile.number, queries);
   weigh_sub_queries(tile.number);
   sync_slab();
-  uint seen = score_granules(tile);
-  if (SHARED_MASS != 0) sync_slab();
+  uint seen = 0, seen_anywhere = 0;
+  if (FOREMOST != 0 || LEVELS > 2) {
+    score_super_tiles(tile);
+    sync_slab();
+  }
+  if (FOREMOST != 0) seen_anywhere = look_into_foremost(tile);
+  seen = mark_granules(tile);
+  if (FOREMOST == 0) seen_anywhere = seen;
   if (seen != 0) {
+    score_granules(tile);
+    sync_slab();
     judge_granules(tile);
     if (STAGES > 1) {
       sync_slab();
       uint n = uint(ceil(PARAMS.candidate_share * float(seen)));
-      choose_candidates(tile, n);
+      choose(tile.first_place, tile.end_place, n, slab.candidates);
       sync_slab();
       score_candidates(tile, n);
       sync_slab();
@@ -340,8 +339,11 @@ void price_tile(Tile tile) {
       sync_slab();
     }
   }
+  price_others(tile, prices, false);
   write_prices(tile, prices);
-  if (seen != 0) keep_foremost(tile, prices, uint(ceil(PARAMS.floor_share * float(seen))));
+  if (seen != 0) {
+    keep_foremost(tile, prices, uint(ceil(PARAMS.floor_share * float(seen_anywhere))));
+  }
 }
 
 // The workgroups take turns from both ends, so that each gets long and short tiles.

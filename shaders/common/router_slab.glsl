@@ -2,9 +2,10 @@
 // floats; csrc/attention/tile_planner.cc knows the size (SlabFloats).
 #include "common/sub_queries.glsl"
 
-layout(buffer_reference, std430, buffer_reference_align = 4) buffer OwnFloats { float value[]; };
-layout(buffer_reference, std430, buffer_reference_align = 8) buffer OwnPairs { vec2 value[]; };
-// Read by other threads than have written them.
+// All are read by other threads than have written them.
+layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedQuads {
+  uvec4 quad[];
+};
 layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer SharedFloats {
   float value[];
 };
@@ -12,72 +13,86 @@ layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer Sha
   uint value[];
 };
 
-// A kernel defines SHARED_MASS as true where its threads do not keep to granules; it may then round
-// the variances, which only weigh errors, to halves.
-#if SHARED_MASS
-#define MassFloats SharedFloats
-#define Variances SharedWords
-#else
-#define MassFloats OwnFloats
-#define Variances OwnPairs
-#endif
-
 struct Slab {
-  SharedVectors queries;      // see make_sub_queries
-  MassFloats log_mass;        // of granules, [sub-query][granule]; -inf: not seen
-  Variances variances;        // relative ones of the granule, of the super-tile, likewise
+  SharedVectors queries;  // see make_sub_queries
+  // Of granules, by place, what lies together being of one granule:
+  SharedVectors log_mass;  // [place][sub-query / 4]
+  SharedQuads variances;   // relative ones of the granule, and what its super-tile adds, likewise
+  SharedVectors fine;      // [candidate][finer sub-query / 4], see stage 2
+  SharedWords candidates;  // their places, ascending
+  SharedWords notes;       // see common/ranking.glsl
+  // Of super-tiles:
   SharedFloats super_logits;  // [super-tile][sub-query]
-  SharedFloats importance;    // of granules; NOT_SEEN
-  SharedWords marks;          // of granules: MARK_* and, above, the place among the candidates plus 1
-  SharedWords candidates;     // their granules, ascending
-  SharedFloats fine;          // [candidate][finer sub-query], see stage 2
+  // Where tiles look into the foremost:
+  SharedFloats super_mass;   // likewise, logarithms
+  SharedWords looked_into;   // the foremost, ascending
+  SharedWords is_looked_into;  // by super-tile
 };
-
-#define MARK_WHOLE 1u
-#define MARK_SUPER_WHOLE 2u
-#define MARK_BITS 2
-#define NOT_SEEN -1.0
 
 uvec2 offset_by(uvec2 address, uint floats) { return add_wide(address, multiply_wide(floats, 4)); }
 
+// Of granules that something can be noted of at once.
+uint place_count() { return PARAMS.judged_super_tiles * SUPER_TILE_GRANULES; }
+uint note_count() { return FOREMOST != 0 ? max(place_count(), super_tile_count()) : place_count(); }
+
 Slab slab_of(uint workgroup) {
-  uint granules = padded_granules();
   uvec2 at = view_of(OPERAND_ROUTER_SCRATCH, workgroup, 2).base;
   Slab slab;
   slab.queries = SharedVectors(at);
   at = offset_by(at, (SUBS + FINE_SUBS) * QUADS * 8);
-  slab.variances = Variances(at);
-  at = offset_by(at, SUBS * granules * 2);
-  slab.log_mass = MassFloats(at);
-  at = offset_by(at, SUBS * granules);
+  slab.log_mass = SharedVectors(at);
+  at = offset_by(at, place_count() * SUB_QUADS * 4);
+  slab.variances = SharedQuads(at);
+  at = offset_by(at, place_count() * SUB_QUADS * 4);
+  slab.fine = SharedVectors(at);
+  at = offset_by(at, uint(ceil(PARAMS.candidate_share * float(place_count()))) * FINE_SUBS);
+  slab.candidates = SharedWords(at);
+  at = offset_by(at, place_count());
+  slab.notes = SharedWords(at);
+  if (SHARED_NOTES == 1) at = offset_by(at, note_count());
   slab.super_logits = SharedFloats(at);
   at = offset_by(at, SUBS * super_tile_count());
-  slab.importance = SharedFloats(at);
-  at = offset_by(at, granules);
-  slab.marks = SharedWords(at);
-  at = offset_by(at, granules);
-  slab.candidates = SharedWords(at);
-  at = offset_by(at, granules);
-  slab.fine = SharedFloats(at);
+  if (FOREMOST == 0) return slab;
+  slab.super_mass = SharedFloats(at);
+  at = offset_by(at, SUBS * super_tile_count());
+  slab.looked_into = SharedWords(at);
+  at = offset_by(at, super_tile_count());
+  slab.is_looked_into = SharedWords(at);
   return slab;
 }
 
-// Makes what threads have written to shared parts of the slab visible to the others.
+// Makes what threads have written to the slab visible to the others.
 void sync_slab() {
   memoryBarrierBuffer();
   barrier();
 }
 
-#if SHARED_MASS
-const float VARIANCE_UNIT = 8192.0;  // the largest variance is below 8 and a half below 65,504
+// Variances only weigh errors, so they are rounded to halves: the largest is below 8.
+const float VARIANCE_UNIT = 8192.0;
 
-void store_variances(Slab slab, uint place, vec2 variances) {
-  slab.variances.value[place] = packHalf2x16(variances * VARIANCE_UNIT);
+// Of a place and a sub-query: the logarithm of its mass, and its relative variances.
+void store_mass(Slab slab, uint place, uint sub, float mass) {
+  SharedFloats(uvec2(slab.log_mass)).value[place * (4 * SUB_QUADS) + sub] = mass;
 }
-vec2 load_variances(Slab slab, uint place) {
-  return unpackHalf2x16(slab.variances.value[place]) / VARIANCE_UNIT;
+void store_variances(Slab slab, uint place, uint sub, vec2 variances) {
+  SharedWords(uvec2(slab.variances)).value[place * (4 * SUB_QUADS) + sub] =
+      packHalf2x16(variances * VARIANCE_UNIT);
 }
-#else
-void store_variances(Slab slab, uint place, vec2 variances) { slab.variances.value[place] = variances; }
-vec2 load_variances(Slab slab, uint place) { return slab.variances.value[place]; }
-#endif
+
+// Of a candidate and a finer sub-query.
+void store_fine(Slab slab, uint candidate, uint fine, float mass) {
+  SharedFloats(uvec2(slab.fine)).value[candidate * FINE_SUBS + fine] = mass;
+}
+
+// Of all sub-queries; those past SUBS mean nothing.
+void load_masses(Slab slab, uint place, out vec4 mass[SUB_QUADS]) {
+  [[unroll]] for (uint i = 0; i < SUB_QUADS; ++i) {
+    mass[i] = slab.log_mass.vector[place * SUB_QUADS + i];
+  }
+}
+void load_variances(Slab slab, uint place, out uvec4 variances[SUB_QUADS]) {
+  [[unroll]] for (uint i = 0; i < SUB_QUADS; ++i) {
+    variances[i] = slab.variances.quad[place * SUB_QUADS + i];
+  }
+}
+vec2 unpack_variances(uint word) { return unpackHalf2x16(word) / VARIANCE_UNIT; }

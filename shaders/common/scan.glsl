@@ -1,20 +1,27 @@
 // Prefix sums over a workgroup.
-#include "common/specialization.glsl"
+#include "common/problem.glsl"
+
+const uint SCAN_RUN = 16;  // values that a thread adds up by itself
 
 shared uint counts[THREADS];
+shared uint run_counts[THREADS / SCAN_RUN];
 
 // Inclusive prefix sum of `value` over the workgroup; the total stays in the last of `counts` until
 // the next scan.
 uint scan(uint value) {
   uint self = gl_LocalInvocationID.x;
+  uint run = self / SCAN_RUN;
   barrier();
   counts[self] = value;
   barrier();
-  for (uint distance = 1; distance < THREADS; distance *= 2) {
-    uint before = self >= distance ? counts[self - distance] : 0;
-    barrier();
-    counts[self] += before;
-    barrier();
+  uint sum = 0;
+  [[unroll]] for (uint i = 0; i < SCAN_RUN; ++i) {
+    if (i <= self % SCAN_RUN) sum += counts[run * SCAN_RUN + i];
   }
-  return counts[self];
+  if (self % SCAN_RUN == SCAN_RUN - 1) run_counts[run] = sum;
+  barrier();
+  for (uint i = 0; i < run; ++i) sum += run_counts[i];
+  counts[self] = sum;
+  barrier();
+  return sum;
 }

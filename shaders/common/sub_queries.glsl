@@ -5,6 +5,9 @@
 
 layout(constant_id = 12) const uint LEVELS = 3;  // in use: 1: exact, 2: and means, 3: of super-tiles
 layout(constant_id = 13) const uint STAGES = 2;
+// 1: a tile looks into its foremost super-tiles only (common/foremost.glsl).
+layout(constant_id = 14) const uint FOREMOST = 0;
+layout(constant_id = 15) const uint SHARED_NOTES = 1;  // of shared memory; 1: they lie in the slab
 
 const uint TILE_POSITIONS = TILE_ROWS / TILE_HEADS;
 const uint SUB_POSITIONS = TILE_POSITIONS < 16 ? TILE_POSITIONS : 16;
@@ -12,6 +15,8 @@ const uint FINE_POSITIONS = SUB_POSITIONS < 4 ? SUB_POSITIONS : 4;
 const uint FINES = SUB_POSITIONS / FINE_POSITIONS;  // of a sub-query
 const uint SUBS = TILE_POSITIONS / SUB_POSITIONS * TILE_HEADS;
 const uint FINE_SUBS = SUBS * FINES;
+const uint SUB_QUADS = (SUBS + 3) / 4;  // what is noted by sub-queries is read by four
+const uint FINE_QUADS = FINE_SUBS / 4;
 
 shared float sub_weight[SUBS];    // share of the tile's queries
 shared float fine_part[FINE_SUBS];  // share of its sub-query's
@@ -28,11 +33,9 @@ uint fine_rows(uint tile, uint sub, uint fine) {
 
 // In units of a whole finer sub-query.
 float sub_share(uint tile, uint sub) {
-  float share = 0;
-  for (uint fine = 0; fine < FINES; ++fine) {
-    share += float(fine_rows(tile, sub, fine)) / float(FINE_POSITIONS);
-  }
-  return max(share, 1e-6);
+  uint first = sub_position(tile, sub);
+  uint rows = min(SUB_POSITIONS, max(query_limit, first) - first);
+  return max(float(rows) / float(FINE_POSITIONS), 1e-6);
 }
 
 void weigh_sub_queries(uint tile) {
@@ -58,10 +61,16 @@ void make_sub_queries(uint tile, View queries) {
     vec4 mean = vec4(0), square = vec4(0);
     for (uint fine = 0; fine < FINES; ++fine) {
       uint rows = fine_rows(tile, sub, fine);
-      vec4 sum = vec4(0), square_sum = vec4(0);
-      for (uint row = 0; row < rows; ++row) {
+      // All are on their way before the first is used.
+      vec4 values[FINE_POSITIONS];
+      [[unroll]] for (uint row = 0; row < FINE_POSITIONS; ++row) {
         uint start = row_start(queries, first + fine * FINE_POSITIONS + row, sub % TILE_HEADS);
-        vec4 value = load_columns(queries.base, start, quad * 4) * call.scale;
+        values[row] = vec4(0);
+        if (row < rows) values[row] = load_columns(queries.base, start, quad * 4);
+      }
+      vec4 sum = vec4(0), square_sum = vec4(0);
+      [[unroll]] for (uint row = 0; row < FINE_POSITIONS; ++row) {
+        vec4 value = values[row] * call.scale;
         sum += value;
         square_sum = fma(value, value, square_sum);
       }

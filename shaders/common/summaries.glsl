@@ -1,5 +1,5 @@
 // What tile_processor.comp tells cross_tile_router.comp of the keys and values of one batch entry and
-// key/value head. Places are counted in vec4 (csrc/attention/tile_planner.cc: SummaryVectors).
+// key/value head. Places are counted in vec4 (csrc/attention/tile_planner.cc: SummaryFloats).
 #include "common/levels.glsl"
 
 const uint QUADS = (HEAD_DIM + 3) / 4;  // columns past HEAD_DIM are zero
@@ -43,25 +43,24 @@ uint value_place(uint granule) {
   return padded_granules() * QUADS * (3 + 2 * PARTS) + granule;
 }
 
-// Mean of a super-tile's keys.
-uint super_mean_place(uint super_tile, uint quad) {
-  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile * QUADS + quad;
+// Mean and variance of a super-tile's keys.
+uint super_place(uint super_tile, uint quad) {
+  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + (super_tile * QUADS + quad) * 2;
 }
 
 // Sum of the squares of a super-tile's values.
 uint value_total_place(uint super_tile) {
   return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) +
-         (super_tile_count() + 15) * QUADS + super_tile;
+         (2 * super_tile_count() + 15) * QUADS + super_tile;
 }
 
-// For cooperative matrices the first two and the means of super-tiles are kept in halves instead, by
-// rows: the mean, then the variance, of a granule, or part, or the mean alone. A row takes QUADS
-// vectors; 16 can be read from any super-tile on.
+// For cooperative matrices keys are kept in halves instead, by rows: the mean, then the variance, of a
+// granule, a part or a super-tile. A row takes QUADS vectors; 16 can be read from any super-tile on.
 uint granule_row_place(uint granule) { return granule * QUADS; }
 uint part_row_place(uint granule, uint part) {
   return part_place(0, 0) + (granule * PARTS + part) * QUADS;
 }
-uint super_row_place(uint super_tile) { return super_mean_place(super_tile, 0); }
+uint super_row_place(uint super_tile) { return super_place(0, 0) + super_tile * QUADS; }
 
 // What variances are divided by and mean squares of queries multiplied with, so that halves hold both.
 const float VARIANCE_SCALE = 32.0;

@@ -294,6 +294,9 @@ void Refusals() {
   bad.params.level_count = 3;
   bad.features |= FEATURE_MASK;
   ExpectRefusal(bad, traits, "mask or a bias");
+  bad = RandomPlanning(random);
+  bad.features &= ~FEATURE_PRICES;
+  ExpectRefusal(bad, traits, "1 to all of the");
   bad = good;
   bad.params.batch_count += 1;
   ExpectRefusal(bad, traits, "batch_count");
