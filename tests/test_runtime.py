@@ -26,6 +26,7 @@ ATTRIBUTES = {
     "level_count": np.uint32(0),
     "candidate_share": np.float32(0),
     "floor_share": np.float32(0),
+    "corrects": np.uint32(0),
 }
 
 # What a failed call raises: the second comes from the C++ dispatch path of a jitted function that

@@ -8,6 +8,7 @@
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
 #include "attention/plan_builder.h"
+#include "attention/state_planner.h"
 #include "attention/tile_planner.h"
 
 namespace jax_aat {
@@ -61,8 +62,10 @@ class Planner {
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
+        if (Has(FEATURE_MAKES_MEANS)) AddMeans(builder_);
         if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
         PlanQueryKernel(Kernel::kForward, kScoreFeatures | FEATURE_ROW_COUNTS, 4);
+        if (Has(FEATURE_CORRECTS)) AddCorrection(builder_);
         break;
       case Pass::kTangent:
         PlanTangent();

@@ -49,6 +49,7 @@ def vulkan_call(
         level_count=np.uint32(options.level_count),
         candidate_share=np.float32(options.candidate_share),
         floor_share=np.float32(options.floor_share),
+        corrects=np.uint32(options.corrects),
     )
     by_slot = dict(zip(wanted, values, strict=True))
     return [axes.restore(by_slot[slot], t.shape) for slot, t in results.items()]

@@ -59,7 +59,10 @@ using uint = std::uint32_t;
 #define OPERAND_ROUTER_SCRATCH 37
 #define OPERAND_HISTOGRAM 38       // of prices (plan_price.comp)
 #define OPERAND_SEGMENT_RANGES 39  // smallest and largest ids (common/boundary.glsl)
-#define OPERAND_COUNT 40
+// Of a call that makes its coarse rows, by super-tile: the state; and by as many queries its gradient.
+#define OPERAND_STATE 40  // common/state.glsl
+#define OPERAND_DSTATE 41
+#define OPERAND_COUNT 42
 
 #define MAX_BATCH_AXES 4
 
@@ -97,6 +100,9 @@ using uint = std::uint32_t;
 #define FEATURE_SPARE_ROWS 16777216  // else lambda
 #define FEATURE_PREVIOUS_LEVELS 33554432
 #define FEATURE_MAKES_LISTS 67108864  // levels and lists are wanted, not prices
+// Of a call with a plan:
+#define FEATURE_MAKES_MEANS 134217728  // coarse rows are made of k and v
+#define FEATURE_CORRECTS 268435456     // and corrected by the state
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
