@@ -377,7 +377,10 @@ class CallBuilder {
     if (problem().pass == Pass::kBackward) {
       SetFeature(FEATURE_DOUT, Has(OPERAND_DOUT));
       SetFeature(FEATURE_DLSE, Has(OPERAND_DLSE));
-      SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
+      SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES) || (corrects && Has(OPERAND_DOUT)));
+      SetFeature(FEATURE_DCOARSE_K, makes_means && Has(OPERAND_DK));
+      SetFeature(FEATURE_DCOARSE_V, makes_means && Has(OPERAND_DV));
+      SetFeature(FEATURE_DLEVEL_BIAS, corrects && (Has(OPERAND_DQ) || Has(OPERAND_DK)));
     }
     if (problem().pass == Pass::kPlan || call_.buffers[OPERAND_LEVELS].result) {
       SetPlanningOptions();

@@ -45,10 +45,13 @@ def _transposed(
     return dict(zip(names, tangents, strict=True))
 
 
+def _in_parts(operands: Operands) -> bool:
+    """Cotangents of shares that a call corrects by occur in derivatives of derivatives alone."""
+    return corrected.makes_means(operands) and Slot.DSHARES in operands
+
+
 rules.register_abstract_eval(rules.backward_p, _result_types)
-rules.register_lowering(
-    rules.backward_p, corrected.backward, _result_types, in_parts=corrected.makes_means
-)
+rules.register_lowering(rules.backward_p, corrected.backward, _result_types, in_parts=_in_parts)
 rules.register_batching(rules.backward_p)
 rules.register_linear(
     rules.backward_p,
