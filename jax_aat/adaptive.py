@@ -4,17 +4,18 @@
 """
 
 import dataclasses
+import functools
 
 import jax
 from jax import lax
 
+from jax_aat import corrected
 from jax_aat.adaptation import Adaptation
 from jax_aat.audit import Audit, audit, choose_rows
 from jax_aat.plan import TilePlan, grid_of
 from jax_aat.primitives import forward
 from jax_aat.primitives.plan import plan_and_attend, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot
-from jax_aat.pyramid import coarse_rows, correction
 from jax_aat.report import Report, make_report
 from jax_aat.router import has_state
 from jax_aat.row_bounds import row_bounds
@@ -40,31 +41,32 @@ def attend(
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
-    coarse_k, coarse_v = coarse_rows(operands)
-    values = operands | {Slot.COARSE_K: coarse_k, Slot.COARSE_V: coarse_v}
-    state = None
-    if has_state(operands, options, adaptation):
-        state = correction(operands, options)
-        values[Slot.LEVEL_BIAS] = state.level_bias
+    options = dataclasses.replace(options, corrects=has_state(operands, options, adaptation))
     if (
         plan is None
         and implementation == "vulkan"
         and plans_in_one_submission(operands, adaptation)
     ):
         grid = grid_of(operands, adaptation)
-        values |= shader_goal(operands, options, grid, adaptation)
-        made = plan_and_attend(values, options, adaptation)
-        out, lse, shares = (made[slot] for slot in (Slot.OUT, Slot.LSE, Slot.SHARES))
-        plan = TilePlan.of_results(made, grid, options, adaptation)
+        goal = shader_goal(operands, options, grid, adaptation)
+        made = plan_and_attend(operands | goal, options, adaptation)
+        out, lse = made[Slot.OUT], made[Slot.LSE]
+        return out, lse, TilePlan.of_results(made, grid, options, adaptation)
+    if plan is None:
+        plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
     else:
-        if plan is None:
-            plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
-        else:
-            plan = plan.for_call(operands, options)
-        plan = jax.tree.map(jax.lax.stop_gradient, plan)
-        options = dataclasses.replace(options, query_tile=adaptation.query_tile)
-        out, lse, shares = forward(values | plan.operands(), options, implementation)
-    return (out if state is None else state.applied(out, shares)), lse, plan
+        plan = plan.for_call(operands, options)
+    plan = jax.tree.map(jax.lax.stop_gradient, plan)
+    options = dataclasses.replace(options, query_tile=adaptation.query_tile)
+    values = operands | plan.operands()
+    if implementation == "vulkan":
+        out, lse, _ = forward(values, options, implementation)
+    else:
+        # Coarse rows and state are functions like any other to XLA, which then keeps them for the
+        # backward pass.
+        attention = functools.partial(forward, implementation=implementation)
+        out, lse, _ = corrected.forward(values, options, attention)
+    return out, lse, plan
 
 
 def plans_in_one_submission(operands: Operands, adaptation: Adaptation) -> bool:

@@ -146,6 +146,7 @@ class Options:
         twice.
       floor_share: Likewise, the share of them that is exact for its importance.
       judged_super_tiles: Likewise, how many super-tiles a tile looks into.
+      corrects: Where a call with a plan makes its coarse rows, whether the state corrects them.
     """
 
     scale: float
@@ -157,6 +158,7 @@ class Options:
     candidate_share: float = 0.0
     floor_share: float = 0.0
     judged_super_tiles: int = 0
+    corrects: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +209,11 @@ def broadcast_batch(operands: Mapping[Slot, Any]) -> tuple[int, ...]:
     """Batch axes of a call: those of its operands, broadcast."""
     shapes = [np.shape(x)[: len(np.shape(x)) - slot.core_ndim] for slot, x in operands.items()]
     return tuple(jnp.broadcast_shapes(*shapes))
+
+
+def over_batch(slot: Slot, x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """An operand broadcast to all batch axes of a call."""
+    return jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - slot.core_ndim :]))
 
 
 def extents(operands: Mapping[Slot, Any]) -> Extents:

@@ -82,6 +82,11 @@ def coarse_rows(operands: Operands) -> tuple[jax.Array, jax.Array]:
     return means(operands[Slot.K]), means(operands[Slot.V])
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["level_bias", "tilt", "ratio"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Correction:
     """What the state says of coarse rows, for every query.
@@ -98,8 +103,15 @@ class Correction:
 
     def applied(self, out: jax.Array, shares: jax.Array) -> jax.Array:
         """The output with the values of coarse rows tilted."""
+        return (out.astype(self.tilt.dtype) + self._added(shares)).astype(out.dtype)
+
+    def removed(self, out: jax.Array, shares: jax.Array) -> jax.Array:
+        """The output before that."""
+        return (out.astype(self.tilt.dtype) - self._added(shares)).astype(out.dtype)
+
+    def _added(self, shares: jax.Array) -> jax.Array:
         weight = self.ratio * shares[..., 0] + shares[..., 1]
-        return (out.astype(self.tilt.dtype) + weight[..., None] * self.tilt).astype(out.dtype)
+        return weight[..., None] * self.tilt
 
 
 def correction(operands: Operands, options: Options) -> Correction:

@@ -27,6 +27,7 @@ ATTRIBUTES = {
     "candidate_share": np.float32(0),
     "floor_share": np.float32(0),
     "judged_super_tiles": np.uint32(0),
+    "corrects": np.uint32(0),
 }
 
 # What a failed call raises: the second comes from the C++ dispatch path of a jitted function that

@@ -8,6 +8,7 @@
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
 #include "attention/plan_builder.h"
+#include "attention/state_planner.h"
 #include "attention/tile_planner.h"
 
 namespace jax_aat {
@@ -65,14 +66,21 @@ class Planner {
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
+        if (Has(FEATURE_MAKES_MEANS)) AddMeans(builder_);
         if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
         PlanQueryKernel(Kernel::kForward, kScoreFeatures | FEATURE_ROW_COUNTS, 4);
+        if (Has(FEATURE_CORRECTS)) AddCorrection(builder_);
         break;
       case Pass::kTangent:
         PlanTangent();
         break;
       case Pass::kBackward:
+        if (Has(FEATURE_MAKES_MEANS)) {
+          AddMeans(builder_);
+          AddCotangents(builder_);
+        }
         PlanBackward();
+        if (Has(FEATURE_MAKES_MEANS)) AddMeansGradients(builder_);
         break;
       case Pass::kPlan:
         AddTilePlan(builder_);
@@ -313,7 +321,9 @@ class Planner {
     KernelShape shape = {"attend_backward_delta", kDeltaThreads, kDeltaThreads / 8, kGranuleRows};
     const std::uint64_t rows =
         std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
-    builder_.Add(builder_.ModuleName(shape), shape, FEATURE_DOUT | FEATURE_DLSE | FEATURE_DSHARES,
+    // What the state adds to the output takes part in dout . out, the shares with it.
+    const std::uint32_t shares = Has(FEATURE_CORRECTS) ? 0 : FEATURE_DSHARES;
+    builder_.Add(builder_.ModuleName(shape), shape, FEATURE_DOUT | FEATURE_DLSE | shares,
                  DivideUp(rows, shape.tile_rows));
   }
 

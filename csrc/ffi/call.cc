@@ -36,8 +36,8 @@ constexpr std::uint64_t kLengthsAndSegments = Bit(OPERAND_Q_LENGTHS) | Bit(OPERA
 constexpr std::uint64_t kLevelsAndLists =
     Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) |
     Bit(OPERAND_KEY_LIST_HEADERS) | Bit(OPERAND_KEY_LIST_ENTRIES);
-// What a plan brings: all of it, or none.
-constexpr std::uint64_t kPlan = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V) | kLevelsAndLists;
+constexpr std::uint64_t kCoarseRows = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V);
+constexpr std::uint64_t kMeans = kCoarseRows | Bit(OPERAND_LEVEL_BIAS);
 
 // Of the pass that makes a plan, or prices only.
 PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
@@ -61,20 +61,20 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
   if (pass == Pass::kForward && (attributes.results & Bit(OPERAND_LEVELS))) {
     // Makes its plan itself.
     PassSlots slots = SlotsOfPlanning(attributes);
-    slots.required_operands |= Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V);
-    slots.optional_operands |= Bit(OPERAND_LEVEL_BIAS);
     slots.required_results |= kOut | Bit(OPERAND_SHARES);
     return slots;
   }
-  const bool planned = (attributes.operands & kPlan) != 0;
-  const std::uint64_t inputs = kQkv | (planned ? kPlan : 0);
+  const bool planned = (attributes.operands & (kLevelsAndLists | kMeans)) != 0;
+  // Tangents of coarse rows have to be given, and so have the rows.
+  const bool given = planned && (pass == Pass::kTangent || (attributes.operands & kMeans) != 0);
+  const std::uint64_t inputs = kQkv | (planned ? kLevelsAndLists : 0) | (given ? kCoarseRows : 0);
   const std::uint64_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | kLengthsAndSegments |
-                                (planned ? Bit(OPERAND_LEVEL_BIAS) : 0);
+                                (given ? Bit(OPERAND_LEVEL_BIAS) : 0);
   const std::uint64_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);
   const std::uint64_t derivatives = Bit(OPERAND_DQ) | Bit(OPERAND_DK) | Bit(OPERAND_DV) |
-                                    Bit(OPERAND_DBIAS) | (planned ? kPlanDerivatives : 0);
+                                    Bit(OPERAND_DBIAS) | (given ? kPlanDerivatives : 0);
   const std::uint64_t out_derivatives =
-      Bit(OPERAND_DOUT) | Bit(OPERAND_DLSE) | (planned ? Bit(OPERAND_DSHARES) : 0);
+      Bit(OPERAND_DOUT) | Bit(OPERAND_DLSE) | (given ? Bit(OPERAND_DSHARES) : 0);
   switch (pass) {
     case Pass::kForward:
       return {inputs, options, out, kRowCounts};
@@ -363,7 +363,12 @@ class CallBuilder {
     SetFeature(FEATURE_DV, Has(OPERAND_DV));
     SetFeature(FEATURE_DBIAS, Has(OPERAND_DBIAS));
     SetFeature(FEATURE_PLAN, Has(OPERAND_LEVELS) || problem().pass == Pass::kPlan);
-    SetFeature(FEATURE_LEVEL_BIAS, Has(OPERAND_LEVEL_BIAS));
+    const bool makes_means =
+        Has(OPERAND_LEVELS) && problem().pass != Pass::kPlan && !Has(OPERAND_COARSE_K);
+    const bool corrects = makes_means && attributes_.corrects != 0;
+    SetFeature(FEATURE_MAKES_MEANS, makes_means);
+    SetFeature(FEATURE_CORRECTS, corrects);
+    SetFeature(FEATURE_LEVEL_BIAS, Has(OPERAND_LEVEL_BIAS) || corrects);
     SetFeature(FEATURE_DCOARSE_K, Has(OPERAND_DCOARSE_K));
     SetFeature(FEATURE_DCOARSE_V, Has(OPERAND_DCOARSE_V));
     SetFeature(FEATURE_DLEVEL_BIAS, Has(OPERAND_DLEVEL_BIAS));
@@ -371,7 +376,10 @@ class CallBuilder {
     if (problem().pass == Pass::kBackward) {
       SetFeature(FEATURE_DOUT, Has(OPERAND_DOUT));
       SetFeature(FEATURE_DLSE, Has(OPERAND_DLSE));
-      SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES));
+      SetFeature(FEATURE_DSHARES, Has(OPERAND_DSHARES) || (corrects && Has(OPERAND_DOUT)));
+      SetFeature(FEATURE_DCOARSE_K, makes_means && Has(OPERAND_DK));
+      SetFeature(FEATURE_DCOARSE_V, makes_means && Has(OPERAND_DV));
+      SetFeature(FEATURE_DLEVEL_BIAS, corrects && (Has(OPERAND_DQ) || Has(OPERAND_DK)));
     }
     if (problem().pass == Pass::kPlan || call_.buffers[OPERAND_LEVELS].result) {
       SetPlanningOptions();

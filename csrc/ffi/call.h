@@ -23,6 +23,7 @@ struct CallAttributes {
   float candidate_share = 0;
   float floor_share = 0;
   std::uint32_t judged_super_tiles = 0;
+  std::uint32_t corrects = 0;  // whether the state corrects coarse rows that the call makes
 };
 
 struct AttentionCall {

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.interpreters import ad
 
-from jax_aat import tiled_xla
+from jax_aat import corrected
 from jax_aat.primitives import rules
 from jax_aat.problem import PRIMAL_OF, TANGENT_OF, Operands, Slot, extents, forward_results
 
@@ -45,12 +45,17 @@ def _transposed(
     return dict(zip(names, tangents, strict=True))
 
 
+def _in_parts(operands: Operands) -> bool:
+    """Cotangents of shares that a call corrects by occur in derivatives of derivatives alone."""
+    return corrected.makes_means(operands) and Slot.DSHARES in operands
+
+
 rules.register_abstract_eval(rules.backward_p, _result_types)
-rules.register_lowering(rules.backward_p, tiled_xla.backward, _result_types)
+rules.register_lowering(rules.backward_p, corrected.backward, _result_types, in_parts=_in_parts)
 rules.register_batching(rules.backward_p)
 rules.register_linear(
     rules.backward_p,
-    tiled_xla.backward,
+    corrected.backward,
     linear=(Slot.DOUT, Slot.DLSE, Slot.DSHARES),
     transposed=_transposed,
 )

@@ -7,7 +7,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
-from jax_aat import tiled_xla
+from jax_aat import corrected
 from jax_aat.primitives import rules
 from jax_aat.primitives.partition import devices_marker
 from jax_aat.problem import (
@@ -30,6 +30,9 @@ NAMES = {
 
 def forward(operands: Operands, options: Options, implementation: str) -> tuple[Any, ...]:
     """Attention of the operands in slots Q to KV_SEGMENTS and, with a plan, COARSE_K and up.
+
+    Without coarse rows a call with a plan makes them; `options.corrects` says whether its state
+    corrects them.
 
     Args:
       operands: Arrays by slot, shaped as `docs/architecture.md` says.
@@ -78,6 +81,6 @@ def _jvp(
 
 
 rules.register_abstract_eval(rules.forward_p, _result_types)
-rules.register_lowering(rules.forward_p, tiled_xla.forward, _result_types)
+rules.register_lowering(rules.forward_p, corrected.forward, _result_types)
 rules.register_batching(rules.forward_p)
 ad.primitive_jvps[rules.forward_p] = _jvp

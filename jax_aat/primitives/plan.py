@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from jax_aat import router, tiled_xla
+from jax_aat import corrected, router
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_super_tiles
@@ -21,7 +21,7 @@ from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
 from jax_aat.primitives.forward import NAMES
 from jax_aat.primitives.partition import devices_marker
-from jax_aat.problem import TANGENT_OF, Operands, Options, Slot, by_slot, extents
+from jax_aat.problem import TANGENT_OF, Operands, Options, Slot, by_slot, extents, over_batch
 
 LISTS = (
     Slot.LEVELS,
@@ -79,7 +79,7 @@ def plan_and_attend(operands: Operands, options: Options, adaptation: Adaptation
     """Attention at the levels of a plan, and the plan, by one submission of shaders.
 
     Args:
-      operands: As those of `make_plan`, with COARSE_K, COARSE_V and perhaps LEVEL_BIAS.
+      operands: As those of `make_plan`.
       options: Those of the call.
       adaptation: As that of `make_plan`.
 
@@ -169,11 +169,10 @@ def _planned(
     """The same in jax.numpy, where a platform has no custom call."""
     grid, batch = _grid(operands, options), extents(operands).batch
 
-    def flat(x: jax.Array) -> jax.Array:
-        core = x.shape[len(batch) :]
-        return jnp.broadcast_to(x, (*batch, *core)).reshape(math.prod(batch), *core)
+    def flat(slot: Slot, x: jax.Array) -> jax.Array:
+        return over_batch(slot, x, batch).reshape(math.prod(batch), *x.shape[len(batch) :])
 
-    operands = {slot: flat(x) for slot, x in operands.items()}
+    operands = {slot: flat(slot, x) for slot, x in operands.items()}
     if Slot.PRICES in operands:
         prices = operands[Slot.PRICES]
     else:
@@ -187,7 +186,7 @@ def _planned(
     if Slot.OUT in results:
         known = {slot: x for slot, x in operands.items() if slot not in _GOAL}
         made = {slot: values[slot] for slot in LISTS}
-        attended = tiled_xla.forward(known | made, options)
+        attended = corrected.forward(known | made, options)
         values |= dict(zip(_ATTENTION, attended, strict=True))
     return [values[slot].reshape(*batch, *values[slot].shape[1:]) for slot in results]
 

@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jax_aat._compat import result_aval, vary_like
 from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
-from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Slot, by_slot
+from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot
 from jax_aat.tiles import sum_to
 
 ResultTypes = Callable[..., dict[Slot, jax.ShapeDtypeStruct]]
@@ -65,6 +65,7 @@ def register_lowering(
     tiled: Callable[..., Sequence[jax.Array]],
     result_types: ResultTypes,
     target: str | None = None,
+    in_parts: Callable[[Operands], bool] = lambda _: False,
 ) -> None:
     """Registers the tiled algorithm for all platforms and the custom call where it exists.
 
@@ -73,6 +74,8 @@ def register_lowering(
       tiled: (operands, options, ...) -> results in jax.numpy.
       result_types: Shapes and dtypes of the results.
       target: That of the custom call; None: the primitive's name.
+      in_parts: Of which operands the custom call serves a part of the pass only: `tiled` does the
+        rest, and is given the primitive as `attend`.
     """
 
     def lower(serves_vulkan: bool) -> Any:
@@ -89,6 +92,13 @@ def register_lowering(
                 return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
             if not (serves_vulkan and implementation == "vulkan"):
                 return tiled(operands, **params)
+            if in_parts(operands):
+                kept = {"implementation": implementation, "needs_devices": needs_devices}
+
+                def attend(operands: Operands, options: Options, **others: Any) -> list[Any]:
+                    return bind(primitive, operands, options=options, **others, **kept)
+
+                return tiled(operands, attend=attend, **params)
             call = functools.partial(vulkan_call, target or primitive.name, params["options"])
             mesh = jax.typeof(values[0]).sharding.mesh
             if mesh.manual_axes and mesh.auto_axes:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.interpreters import ad
 
-from jax_aat import tiled_xla
+from jax_aat import corrected
 from jax_aat.primitives import rules
 from jax_aat.problem import TANGENT_OF, Operands, Slot, extents, forward_results
 
@@ -43,11 +43,13 @@ def _transposed(
 
 
 rules.register_abstract_eval(rules.tangent_p, _result_types)
-rules.register_lowering(rules.tangent_p, tiled_xla.tangent, _result_types)
+rules.register_lowering(
+    rules.tangent_p, corrected.tangent, _result_types, in_parts=corrected.makes_means
+)
 rules.register_batching(rules.tangent_p)
 rules.register_linear(
     rules.tangent_p,
-    tiled_xla.tangent,
+    corrected.tangent,
     linear=(
         *(Slot.DQ, Slot.DK, Slot.DV, Slot.DBIAS),
         *(Slot.DCOARSE_K, Slot.DCOARSE_V, Slot.DLEVEL_BIAS),

@@ -50,6 +50,7 @@ def vulkan_call(
         candidate_share=np.float32(options.candidate_share),
         floor_share=np.float32(options.floor_share),
         judged_super_tiles=np.uint32(options.judged_super_tiles),
+        corrects=np.uint32(options.corrects),
     )
     by_slot = dict(zip(wanted, values, strict=True))
     return [axes.restore(by_slot[slot], t.shape) for slot, t in results.items()]

@@ -60,7 +60,10 @@ using uint = std::uint32_t;
 #define OPERAND_HISTOGRAM 38       // of prices (plan_price.comp)
 #define OPERAND_SEGMENT_RANGES 39  // smallest and largest ids (common/boundary.glsl)
 #define OPERAND_SCORE_GRADIENTS 40  // common/score_gradients.glsl
-#define OPERAND_COUNT 41
+// Of a call that makes its coarse rows, by super-tile: the state; and by as many queries its gradient.
+#define OPERAND_STATE 41  // common/state.glsl
+#define OPERAND_DSTATE 42
+#define OPERAND_COUNT 43
 
 #define MAX_BATCH_AXES 4
 
@@ -99,6 +102,9 @@ using uint = std::uint32_t;
 #define FEATURE_PREVIOUS_LEVELS 33554432
 #define FEATURE_MAKES_LISTS 67108864  // levels and lists are wanted, not prices
 #define FEATURE_SCORE_GRADIENTS 134217728  // the kernel stores dS for the one that makes dq of it
+// Of a call with a plan:
+#define FEATURE_MAKES_MEANS 268435456  // coarse rows are made of k and v
+#define FEATURE_CORRECTS 536870912     // and corrected by the state
 
 // Rows with no key to attend to get this logsumexp (finite, float32): -0.7 * the largest float32.
 #define EMPTY_LOGSUMEXP (-2.3819763e38f)
