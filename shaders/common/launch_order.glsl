@@ -14,7 +14,7 @@ bool launched_tile(uint tiles, out uint head, out uint tile) {
   uint index = workgroup_index() - first * tiles;
   uint together = min(HEADS_AT_ONCE, launched_heads - min(first, launched_heads));
   if (index >= together * tiles) return false;
-  head = first_head + first + index % together;
+  head = first_launched_head + first + index % together;
   tile = index / together;
   return true;
 }
