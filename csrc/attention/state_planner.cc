@@ -13,7 +13,7 @@ namespace {
 constexpr std::uint32_t kWantedThreads = 256;
 constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint64_t kSuperTileRows = 1024;
-constexpr std::uint32_t kRowThreads = 8;     // of a row of level biases
+constexpr std::uint32_t kRowThreads = 8;      // of a row of level biases
 constexpr std::uint64_t kSquareColumns = 32;  // of a square of outer products
 constexpr std::uint32_t kRowsOfTile = 64;
 constexpr std::uint64_t kVarianceQuads = 4;  // of a workgroup of state_variance_gradient.comp
@@ -39,8 +39,7 @@ class StatePlanner {
     AddVectorKernel("state_prefix");
     builder_.AddBarrier();
     AddLevelPairs(OPERAND_LEVEL_BIAS);
-    AddByDtype("state_level_bias", FEATURE_CAUSAL,
-               DivideUp(Rows(), Threads() / kRowThreads));
+    AddByDtype("state_level_bias", FEATURE_CAUSAL, DivideUp(Rows(), Threads() / kRowThreads));
   }
 
   void AddCorrection() {

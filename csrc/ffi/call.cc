@@ -67,8 +67,7 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
   const bool planned = (attributes.operands & (kLevelsAndLists | kMeans)) != 0;
   // Tangents of coarse rows have to be given, and so have the rows.
   const bool given = planned && (pass == Pass::kTangent || (attributes.operands & kMeans) != 0);
-  const std::uint64_t inputs =
-      kQkv | (planned ? kLevelsAndLists : 0) | (given ? kCoarseRows : 0);
+  const std::uint64_t inputs = kQkv | (planned ? kLevelsAndLists : 0) | (given ? kCoarseRows : 0);
   const std::uint64_t options = Bit(OPERAND_BIAS) | Bit(OPERAND_MASK) | kLengthsAndSegments |
                                 (given ? Bit(OPERAND_LEVEL_BIAS) : 0);
   const std::uint64_t out = kOut | (planned ? Bit(OPERAND_SHARES) : 0);

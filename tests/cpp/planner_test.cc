@@ -315,6 +315,7 @@ void Refusals() {
 int main() {
   jax_aat::Fuzz();
   jax_aat::FuzzPlanning();
+  jax_aat::FuzzMeans();
   jax_aat::Refusals();
   return 0;
 }
