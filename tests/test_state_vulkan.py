@@ -127,25 +127,25 @@ def test_gradients(case, rng):
     assert_close(actual, expected, TOLERANCE[case.dtype][1])
 
 
-@pytest.mark.parametrize("given", [("out",), ("lse",), ("out", "lse")], ids=str)
-@pytest.mark.parametrize("wanted", [(Slot.Q,), (Slot.K,), (Slot.V,)], ids=str)
-def test_some_gradients(rng, wanted, given):
-    """Of one operand, from the cotangent of one result."""
+@pytest.mark.parametrize(
+    ("slot", "given"),
+    [(Slot.Q, 0), (Slot.Q, 1), (Slot.K, 0), (Slot.K, 1), (Slot.V, 0)],
+    ids=str,
+)
+def test_gradient_of_one_operand(rng, slot, given):
+    """From the cotangent of one result, out (0) or logsumexp (1)."""
     case = Case.random(rng, queries=1060, keys=1060, heads=2, kv_heads=1)
-    cotangents = dict(
-        zip(("out", "lse"), (normal(rng, 1, 1060, 2, 16), normal(rng, 1, 1060, 2)), strict=True)
-    )
+    cotangent = normal(rng, 1, 1060, 2, *((16,) if given == 0 else ()))
 
-    def gradients(implementation):
-        def loss(some):
-            results = dict(zip(("out", "lse"), case.attend(implementation, some), strict=False))
-            return sum((results[name] * cotangents[name]).sum() for name in given)
+    def gradient(implementation):
+        def loss(x):
+            return (case.attend(implementation, {slot: x})[given] * cotangent).sum()
 
-        return jax.grad(loss)({slot: case.operands[slot] for slot in wanted})
+        return jax.grad(loss)(case.operands[slot])
 
-    expected = gradients("xla")
-    actual = gradients("vulkan")
-    assert last_dispatch().direction == "backward"
+    expected = gradient("xla")
+    with Ran("vulkan", "backward"):
+        actual = jax.block_until_ready(gradient("vulkan"))
     assert_close(actual, expected, TOLERANCE["float32"][1])
 
 
@@ -155,7 +155,7 @@ def test_correction_is_not_lost_in_the_tolerance(rng):
     out, lse, shares = case.attend("vulkan")
     assert all((np.asarray(shares[..., level]) > 0.1).any() for level in range(2))
     for actual, other in zip((out, lse), bare.attend("vulkan"), strict=False):
-        assert relative_error(actual, other) > 1e-2
+        assert relative_error(actual, other) > 100 * TOLERANCE["float32"][0]
 
 
 def test_values_behind_the_length_are_not_read(rng):

@@ -321,6 +321,7 @@ int main() {
   jax_aat::Fuzz();
   jax_aat::FuzzPlanning();
   jax_aat::FuzzStoredGradients();
+  jax_aat::FuzzMeans();
   jax_aat::Refusals();
   return 0;
 }

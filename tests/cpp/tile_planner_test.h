@@ -6,5 +6,6 @@ namespace jax_aat {
 
 AttentionProblem RandomPlanning(Random& random);
 void FuzzPlanning();
+void FuzzMeans();
 
 }  // namespace jax_aat

@@ -1,0 +1,171 @@
+// Fuzzes the planner of coarse rows and state: its dispatches must be those of the call, in order
+// around those of a call that is given coarse rows, its grids complete and its scratch large
+// enough.
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+#include "tile_planner_test.h"
+
+namespace jax_aat {
+namespace {
+
+struct Expected {
+  std::string shader;
+  std::uint64_t workgroups;
+  bool barrier;
+};
+
+AttentionProblem RandomMeans(Random& random) {
+  AttentionProblem problem;
+  do {
+    problem = RandomProblem(random);
+  } while (!(problem.features & FEATURE_PLAN) || problem.pass == Pass::kTangent);
+  const auto set = [&](std::uint32_t feature, bool on) {
+    problem.features = on ? problem.features | feature : problem.features & ~feature;
+  };
+  const bool corrects = Chance(random), backward = problem.pass == Pass::kBackward;
+  const auto has = [&](std::uint32_t feature) { return (problem.features & feature) != 0; };
+  set(FEATURE_MAKES_MEANS, true);
+  set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS, corrects);
+  set(FEATURE_DCOARSE_K, backward && has(FEATURE_DK));
+  set(FEATURE_DCOARSE_V, backward && has(FEATURE_DV));
+  set(FEATURE_DLEVEL_BIAS, backward && corrects && has(FEATURE_DQ | FEATURE_DK));
+  set(FEATURE_DSHARES, backward && corrects && has(FEATURE_DOUT));
+  return problem;
+}
+
+// The number of workgroups of each kernel, by the words of docs/architecture.md.
+std::map<std::string, std::uint64_t> Grids(const AttentionParams& params, std::uint64_t threads) {
+  const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
+  const std::uint64_t super_tiles = DivideUp(params.keys, 1024) * heads;
+  const std::uint64_t parts = DivideUp(params.queries, 1024) * heads;
+  const std::uint64_t side = DivideUp(params.head_dim, 32), quads = DivideUp(params.head_dim, 4);
+  const std::uint64_t rows_of_part = 1024 * (params.query_heads / params.kv_heads);
+  const std::uint64_t rows =
+      std::uint64_t{params.queries} * params.query_heads * params.batch_count;
+  const std::uint64_t vectors = DivideUp((4 * quads + 2) * quads * heads, threads);
+  return {{"coarse_rows", super_tiles},
+          {"state_covariance", side * side * super_tiles},
+          {"state_prefix", vectors},
+          {"state_level_bias", DivideUp(rows, threads / 8)},
+          {"state_correction", rows_of_part / 64 * parts},
+          {"state_cotangents", rows_of_part / 64 * parts},
+          {"state_covariance_gradient", side * side * parts},
+          {"state_query_gradient", rows_of_part / 64 * parts},
+          {"state_variance_gradient", DivideUp(quads, 4) * parts},
+          {"state_suffix", vectors},
+          {"key_gradients", DivideUp(params.keys, 64) * heads}};
+}
+
+// Those before the kernels of attention and those after them.
+std::vector<Expected> ExpectedAround(const AttentionProblem& problem, std::uint64_t threads,
+                                     bool before) {
+  const auto has = [&](std::uint32_t feature) { return (problem.features & feature) != 0; };
+  const bool corrects = has(FEATURE_CORRECTS), backward = problem.pass == Pass::kBackward;
+  const bool keys = has(FEATURE_DK | FEATURE_DV), tilts = corrects && has(FEATURE_DOUT);
+  const auto grids = Grids(problem.params, threads);
+  std::vector<Expected> expected;
+  const auto add = [&](const char* shader, bool wanted, bool barrier) {
+    if (wanted) expected.push_back({shader, grids.at(shader), barrier});
+  };
+  if (before) {
+    add("coarse_rows", true, false);
+    add("state_covariance", corrects, true);
+    add("state_prefix", corrects, true);
+    add("state_level_bias", corrects, true);
+    add("state_cotangents", backward && tilts, true);
+    add("state_covariance_gradient", backward && tilts && keys, false);
+  } else if (!backward) {
+    add("state_correction", corrects, true);
+  } else {
+    const bool queries = corrects && has(FEATURE_DQ);
+    add("state_query_gradient", queries, true);
+    add("state_variance_gradient", corrects && has(FEATURE_DK), !queries);
+    add("state_suffix", corrects && keys, true);
+    add("key_gradients", keys, true);
+  }
+  return expected;
+}
+
+void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch,
+                 const DeviceTraits& traits) {
+  for (const Expected& one : expected) {
+    EXPECT(dispatch->shader.substr(0, dispatch->shader.find('.')) == one.shader);
+    EXPECT(dispatch->barrier_before == one.barrier);
+    EXPECT(dispatch->specialization.size() == 12);
+    EXPECT(dispatch->specialization[0] <= traits.max_workgroup_invocations);
+    const std::uint64_t x = dispatch->groups[0], y = dispatch->groups[1];
+    EXPECT(x * y >= one.workgroups && x * (y - 1) < one.workgroups);
+    ++dispatch;
+  }
+}
+
+void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
+  const AttentionParams& params = plan.params;
+  std::map<std::uint32_t, std::uint64_t> words;
+  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
+    const bool last = i + 1 == plan.scratch.size();
+    const std::uint64_t end = last ? plan.scratch_bytes : plan.scratch[i + 1].offset;
+    EXPECT(words.emplace(plan.scratch[i].operand, (end - plan.scratch[i].offset) / 4).second);
+  }
+  const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
+  const std::uint64_t super_tiles = DivideUp(params.keys, 1024);
+  const std::uint64_t state =
+      16 * DivideUp(params.head_dim, 4) * (DivideUp(params.head_dim, 4) + 1);
+  const std::uint64_t coarse = heads * params.coarse_rows * params.head_dim;
+  EXPECT(words[OPERAND_COARSE_K] >= coarse && words[OPERAND_COARSE_V] >= coarse);
+  if (problem.features & FEATURE_CORRECTS) {
+    EXPECT(words[OPERAND_STATE] >= heads * (super_tiles + 1) * state);
+    EXPECT(words[OPERAND_LEVEL_BIAS] >=
+           std::uint64_t{2} * params.queries * params.query_heads * params.batch_count);
+  }
+  if (problem.pass != Pass::kBackward || !(problem.features & (FEATURE_DK | FEATURE_DV))) return;
+  EXPECT(words[OPERAND_DCOARSE_K] >= coarse && words[OPERAND_DCOARSE_V] >= coarse);
+  if (problem.features & FEATURE_CORRECTS) {
+    const std::uint64_t parts = DivideUp(params.queries, 1024);
+    EXPECT(words[OPERAND_DSTATE] >= heads * std::max(super_tiles, parts) * state);
+  }
+}
+
+// The kernels of attention are those of a call that is given coarse rows.
+void CheckAttention(AttentionProblem problem, const DeviceTraits& traits, const Dispatch* dispatch,
+                    std::size_t count) {
+  problem.features &= ~(FEATURE_MAKES_MEANS | FEATURE_CORRECTS);
+  const DispatchPlan given = PlanAttention(problem, traits);
+  EXPECT(given.dispatches.size() == count);
+  bool waits = false;
+  for (std::size_t i = 0; i < count; ++i) {
+    EXPECT(dispatch[i].shader == given.dispatches[i].shader);
+    waits |= dispatch[i].barrier_before;
+    const bool prepares = StartsWith(dispatch[i].shader, "attend_backward_delta");
+    EXPECT(waits || prepares);
+  }
+}
+
+}  // namespace
+
+void FuzzMeans() {
+  Random random(4);
+  for (round = 0; round < kRounds; ++round) {
+    const AttentionProblem problem = RandomMeans(random);
+    const DeviceTraits traits = RandomTraits(random);
+    try {
+      const DispatchPlan plan = PlanAttention(problem, traits);
+      const std::uint64_t threads = std::min(256u, traits.max_workgroup_invocations);
+      const auto before = ExpectedAround(problem, threads, true);
+      const auto after = ExpectedAround(problem, threads, false);
+      EXPECT(plan.dispatches.size() >= before.size() + after.size());
+      const Dispatch* first = plan.dispatches.data();
+      CheckAround(before, first, traits);
+      CheckAround(after, first + plan.dispatches.size() - after.size(), traits);
+      CheckAttention(problem, traits, first + before.size(),
+                     plan.dispatches.size() - before.size() - after.size());
+      CheckScratch(problem, plan);
+    } catch (const std::invalid_argument& error) {
+      EXPECT(std::string(error.what()).find("split") != std::string::npos);
+    }
+  }
+}
+
+}  // namespace jax_aat
