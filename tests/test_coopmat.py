@@ -23,6 +23,18 @@ CASES = {
     "head_dim_40": dict(head_dim=40, queries=140, keys=140),
     "head_dim_72": dict(head_dim=72, queries=140, keys=140, causal=True),
     "head_dim_128": dict(head_dim=128, queries=300, keys=300, causal=True),
+    "wide_ragged": dict(head_dim=128, queries=300, keys=203),
+    "wide_groups_of_3": dict(head_dim=96, queries=150, keys=333, heads=6, kv_heads=2, causal=True),
+    "wide_groups_of_8": dict(
+        head_dim=128, queries=100, keys=200, heads=8, kv_heads=1, window=(30, 20)
+    ),
+    "wide_groups_of_32": dict(head_dim=128, queries=40, keys=77, heads=32, kv_heads=1, batch=(1,)),
+    "wide_lengths": dict(
+        head_dim=128, queries=200, keys=200, q_lengths=[150, 0], kv_lengths=[40, 200]
+    ),
+    "wide_segments": dict(head_dim=128, queries=200, keys=200, segments=True, causal=True),
+    "wide_bias": dict(head_dim=128, queries=140, keys=200, bias=(1, 2, 140, 200), causal=True),
+    "wide_soft_cap": dict(head_dim=128, queries=140, keys=200, soft_cap=1.5, scale=1.0),
     "negative_scale": dict(queries=140, keys=140, scale=-0.2),
     "lengths": dict(queries=200, keys=200, q_lengths=[150, 0], kv_lengths=[40, 200]),
     "segments": dict(queries=200, keys=200, segments=True, causal=True),
@@ -60,8 +72,8 @@ def test_passes(name, dtype):
     wanted = [Slot.DQ, Slot.DK, Slot.DV]
     gradients = backward(problem, out, logsumexp, cotangents, wanted)
     ran = vulkan.last_dispatch().kernels
-    # Which score gradients are stored, kernels tell from positions alone.
-    dq = "dq_coopmat" if name in ("mask", "segments") else "dq_stored_coopmat"
+    stores = problem.q.shape[-1] > 64 and problem.mask is None and problem.q_segments is None
+    dq = "dq_stored_coopmat" if stores else "dq_coopmat"
     assert any(kernel.startswith(f"attend_backward_{dq}") for kernel in ran)
     assert any(kernel.startswith("attend_backward_dkv_coopmat") for kernel in ran)
     for slot, reference in zip(wanted, expected.backward(*cotangents.values()), strict=False):
