@@ -57,11 +57,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--qkv-length", type=int, default=8192)
     parser.add_argument("--output", type=Path, default=Path("build/quality"))
     args = parser.parse_args(arguments)
+    check_phases(parser, args)
+    return args
+
+
+def check_phases(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits in words where contexts, their shares or the bytes of a step do not fit together."""
     if len(args.contexts) != len(args.shares) or sorted(args.contexts) != args.contexts:
         parser.error("--contexts must ascend, and --shares give each its share of the time")
     if any(args.step_bytes % context for context in args.contexts):
         parser.error("--step-bytes must be a multiple of every context")
-    return args
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:

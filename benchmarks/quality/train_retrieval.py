@@ -32,6 +32,7 @@ from tqdm import tqdm
 from train import (
     HELD_OUT_WINDOWS,
     add_shape,
+    check_phases,
     initial_state,
     optimiser,
     random_windows,
@@ -60,10 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=float, default=80.0, help="of text, at most")
     parser.add_argument("--output", type=Path, default=Path("build/quality/retrieval"))
     args = parser.parse_args(arguments)
-    if len(args.contexts) != len(args.shares) or sorted(args.contexts) != args.contexts:
-        parser.error("--contexts must ascend, and --shares give each its share of the time")
-    if any(args.step_bytes % context for context in args.contexts):
-        parser.error("--step-bytes must be a multiple of every context")
+    check_phases(parser, args)
     return args
 
 

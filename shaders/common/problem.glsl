@@ -12,7 +12,8 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer Pa
   AttentionParams params;
 };
 
-// Kernels whose workgroups own a tile of a head work on the heads from `first_launched_head` on, so many.
+// Kernels whose workgroups own a tile of a head work on `launched_heads` heads from
+// `first_launched_head` on.
 layout(push_constant) uniform Push {
   uvec2 params_address;
   uint first_launched_head;
