@@ -175,8 +175,10 @@ def certified_bound(
     enclosed = _enclosed(o, o_exact, z, low, high, groups, inexact)
     magnitude = jnp.linalg.norm(o, axis=-1) + jnp.linalg.norm(o_exact, axis=-1)
     largest = jnp.linalg.norm(groups.value_mean, axis=-1) + groups.value_radius
-    magnitude += jnp.where(inexact, largest[..., None, :], 0).max(-1, initial=0)
-    bound: jax.Array = jnp.minimum(scattered, enclosed) + _slack(dtype) * magnitude
+    magnitude += largest.max(-1, initial=0)[..., None]
+    # The weights of exact keys are as uncertain as their logits, whatever these weights are.
+    uncertain = _slack(dtype) + rounding.max(-1, initial=0)
+    bound: jax.Array = jnp.minimum(scattered, enclosed) + uncertain * magnitude
     return bound
 
 

@@ -50,6 +50,15 @@ def _near_ties(rng: np.random.Generator, cases: int) -> tuple[Any, Any, Any]:
     return 1e3 * q, k[:, :1] + 1e-12 * k, v
 
 
+def _offset(rng: np.random.Generator, cases: int) -> tuple[Any, Any, Any]:
+    """Logits so large beside their differences that their rounding moves the weights."""
+    q, k, v = _gaussian(rng, cases)
+    size = 10 ** rng.uniform(0, 8, (cases, 1, 1))
+    between = np.repeat(k[:, ::GROUP], GROUP, 1) * 10 ** rng.uniform(-1, 1.2, (cases, 1, 1))
+    within = k * 10 ** rng.uniform(-9, -3, (cases, 1, 1))
+    return size * q, k[:, :1] + (between + within) / size, v
+
+
 def _identical(rng: np.random.Generator, cases: int) -> tuple[Any, Any, Any]:
     q, k, v = _gaussian(rng, cases)
     return q, np.repeat(k[:, ::GROUP], GROUP, 1), np.repeat(v[:, ::GROUP], GROUP, 1)
@@ -71,7 +80,7 @@ KINDS = {
     f.__name__.strip("_"): f
     for f in (
         *(_gaussian, _clustered, _two_points, _huge),
-        *(_near_ties, _identical, _aligned, _outlier_values),
+        *(_near_ties, _offset, _identical, _aligned, _outlier_values),
     )
 }
 

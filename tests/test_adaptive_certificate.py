@@ -25,7 +25,7 @@ def double_precision():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_never_violated(kind, rng):
-    """1,250 cases of two rows a kind: 10,000 with those of all kinds."""
+    """1,250 cases of two rows a kind: 11,250 with those of all kinds."""
     error, bound, _ = judged(make(kind, rng, 1250))
     assert np.isfinite(error).all()
     assert (error <= bound).all()
@@ -60,7 +60,7 @@ def test_tight_enough_to_mean_something(rng):
     _, bound, norm = judged(case)
     assert np.quantile(bound / norm, 0.25) < 0.01
     _, bound, norm = judged(case | {"exact": jnp.ones_like(case["exact"])})
-    assert (bound < 1e-12 * (1 + norm)).all()
+    assert (bound < 1e-11 * (1 + norm)).all()
 
 
 def test_cases_would_reveal_a_wrong_bound(rng, monkeypatch):
