@@ -4,6 +4,7 @@ from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.audit import Audit
 from jax_aat.plan import TilePlan
+from jax_aat.profiling import Profile, profile
 from jax_aat.report import Report
 from jax_aat.state import ResolutionState
 from jax_aat.vulkan import (
@@ -21,6 +22,7 @@ __all__ = [
     "Audit",
     "Device",
     "Dispatch",
+    "Profile",
     "Report",
     "ResolutionState",
     "TilePlan",
@@ -28,6 +30,7 @@ __all__ = [
     "devices",
     "last_dispatch",
     "plan_tiles",
+    "profile",
     "set_default_device",
     "set_timing",
     "tiled_attention",

@@ -54,6 +54,41 @@ Dispatch = TypedDict(
     },
 )
 
+# What a profile tells of a call; `stamps` are seconds of the host's monotonic clock, the start and
+# the end of each kernel, or of the call. Pairs and rows are None where there is no plan.
+ProfiledCall = TypedDict(
+    "ProfiledCall",
+    {
+        "sequence": int,
+        "pass": str,
+        "path": str,
+        "platform": str,
+        "device": str,
+        "shaders": list[str],
+        "flops": list[float],
+        "bytes": list[float],
+        "imported_bytes": int,
+        "staged_bytes": int,
+        "dtype": str,
+        "batch": int,
+        "queries": int,
+        "keys": int,
+        "query_heads": int,
+        "kv_heads": int,
+        "head_dim": int,
+        "causal": bool,
+        "queue": int,
+        "thread": int,
+        "arrived": float,
+        "submitted": float,
+        "ended": float,
+        "stamps": list[float],
+        "exact_pairs": float | None,
+        "coarse_pairs": float | None,
+        "most_rows": int | None,
+    },
+)
+
 class PoolStatistics(TypedDict):
     """Memory of one pool, or of all of them."""
 
@@ -101,6 +136,23 @@ def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan
 
 def set_timing(enabled: bool, by_kernel: bool = True) -> None:
     """Times the kernels of later calls, or the calls as a whole, or no longer."""
+
+def start_profile(by_kernel: bool) -> None:
+    """Measures all calls from now on; RuntimeError where a profile is being taken."""
+
+def stop_profile() -> list[ProfiledCall]:
+    """What was measured; waits for the device. RuntimeError where no profile is being taken."""
+
+class Ceilings(TypedDict):
+    """FLOP/s, and bytes a second; 0 where the device has no such units."""
+
+    bandwidth: float
+    products: float
+    float16_matrices: float
+    bfloat16_matrices: float
+
+def measure_ceilings(device: int) -> Ceilings:
+    """What the device can do at most, by short runs; RuntimeError where it has no timestamps."""
 
 def memory_stats() -> MemoryStatistics:
     """Memory that the default device's context holds; zeros before the first call."""

@@ -145,7 +145,7 @@ def set_default_device(device: Device | int) -> None:
       RuntimeError: There is no native module, or the device lacks something.
       ValueError: There is no device of this index.
     """
-    _require_native()
+    require_native()
     _native.set_default_device(device.index if isinstance(device, Device) else device)
 
 
@@ -185,7 +185,7 @@ def set_timing(enabled: bool, *, by_kernel: bool = True) -> None:
     Raises:
       RuntimeError: There is no native module.
     """
-    _require_native()
+    require_native()
     _native.set_timing(enabled, by_kernel)
 
 
@@ -196,7 +196,8 @@ def problem() -> str:
     return _NO_NATIVE or _native.problem()
 
 
-def _require_native() -> None:
+def require_native() -> None:
+    """Raises RuntimeError, in words, where there is no native module."""
     if _NO_NATIVE:
         raise RuntimeError(_NO_NATIVE)
 

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -13,8 +14,9 @@
 
 #include "ffi/example_plan.h"
 #include "ffi/handlers.h"
+#include "metrics/ceilings.h"
 #include "metrics/last_dispatch.h"
-#include "metrics/timestamps.h"
+#include "metrics/profile.h"
 #include "vulkan/features.h"
 #include "vulkan/pipeline_cache.h"
 #include "vulkan/runtime.h"
@@ -130,6 +132,85 @@ const char* PassName(Pass pass) {
   return "plan";
 }
 
+const char* DtypeName(std::uint32_t dtype) {
+  return dtype == DTYPE_F32 ? "float32" : dtype == DTYPE_F16 ? "float16" : "bfloat16";
+}
+
+// What the record tells by itself, without its measurements.
+nb::dict RecordDict(const DispatchRecord& record) {
+  nb::list shaders, flops;
+  for (const KernelRecord& kernel : record.kernels) {
+    shaders.append(kernel.shader);
+    flops.append(kernel.flops);
+  }
+  nb::dict dict;
+  dict["sequence"] = record.sequence;
+  dict["pass"] = PassName(record.pass);
+  dict["path"] = record.path;
+  dict["platform"] = record.platform;
+  dict["device"] = record.device;
+  dict["shaders"] = shaders;
+  dict["flops"] = flops;
+  dict["imported_bytes"] = record.imported_bytes;
+  dict["staged_bytes"] = record.staged_bytes;
+  return dict;
+}
+
+// FLOPs of a kernel of a call whose work was counted.
+double CountedFlops(const KernelRecord& kernel, const Work& work) {
+  switch (kernel.key_rows) {
+    case KeyRows::kExact:
+      return kernel.flops_a_pair * work.exact_pairs;
+    case KeyRows::kCoarse:
+      return kernel.flops_a_pair * work.coarse_pairs;
+    case KeyRows::kAll:
+      break;
+  }
+  return kernel.flops_a_pair * (work.exact_pairs + work.coarse_pairs);
+}
+
+nb::dict ProfiledCallDict(const ProfiledCall& call) {
+  const DispatchRecord& record = call.record;
+  nb::list flops, bytes;
+  for (const KernelRecord& kernel : record.kernels) {
+    const bool counted = call.work && std::isnan(kernel.flops) && kernel.flops_a_pair > 0;
+    flops.append(counted ? CountedFlops(kernel, *call.work) : kernel.flops);
+    bytes.append(kernel.bytes);
+  }
+  nb::dict dict = RecordDict(record);
+  dict["flops"] = flops;
+  dict["bytes"] = bytes;
+  dict["dtype"] = DtypeName(record.dtype);
+  dict["batch"] = record.batch;
+  dict["queries"] = record.queries;
+  dict["keys"] = record.keys;
+  dict["query_heads"] = record.query_heads;
+  dict["kv_heads"] = record.kv_heads;
+  dict["head_dim"] = record.head_dim;
+  dict["causal"] = (record.features & FEATURE_CAUSAL) != 0;
+  dict["queue"] = record.queue;
+  dict["thread"] = record.thread;
+  dict["arrived"] = 1e-9 * static_cast<double>(record.arrived);
+  dict["submitted"] = 1e-9 * static_cast<double>(record.submitted);
+  dict["ended"] = 1e-9 * static_cast<double>(record.ended);
+  dict["stamps"] = nb::cast(call.stamps);
+  dict["exact_pairs"] = call.work ? nb::cast(call.work->exact_pairs) : nb::none();
+  dict["coarse_pairs"] = call.work ? nb::cast(call.work->coarse_pairs) : nb::none();
+  dict["most_rows"] = call.work ? nb::cast(call.work->most_rows) : nb::none();
+  return dict;
+}
+
+nb::list StopProfileList() {
+  std::vector<ProfiledCall> calls;
+  {
+    const nb::gil_scoped_release release;
+    calls = StopProfile();
+  }
+  nb::list list;
+  for (const ProfiledCall& call : calls) list.append(ProfiledCallDict(call));
+  return list;
+}
+
 std::optional<nb::dict> LastDispatchDict() {
   std::optional<DispatchRecord> record;
   std::optional<KernelTimes> times;
@@ -139,19 +220,24 @@ std::optional<nb::dict> LastDispatchDict() {
     if (record && record->timestamps) times = record->timestamps->Times();
   }
   if (!record) return std::nullopt;
-  nb::dict dict;
-  dict["sequence"] = record->sequence;
-  dict["pass"] = PassName(record->pass);
-  dict["path"] = record->path;
-  dict["platform"] = record->platform;
-  dict["device"] = record->device;
-  dict["shaders"] = nb::cast(record->shaders);
-  dict["flops"] = nb::cast(record->flops);
-  dict["imported_bytes"] = record->imported_bytes;
-  dict["staged_bytes"] = record->staged_bytes;
+  nb::dict dict = RecordDict(*record);
   dict["kernel_milliseconds"] =
       times && !times->milliseconds.empty() ? nb::cast(times->milliseconds) : nb::none();
   dict["elapsed_milliseconds"] = times ? nb::cast(times->elapsed_milliseconds) : nb::none();
+  return dict;
+}
+
+nb::dict CeilingsDict(std::uint32_t device) {
+  Ceilings ceilings;
+  {
+    const nb::gil_scoped_release release;
+    ceilings = MeasureCeilings(*Runtime::Get().Acquire(device));
+  }
+  nb::dict dict;
+  dict["bandwidth"] = ceilings.bandwidth;
+  dict["products"] = ceilings.products;
+  dict["float16_matrices"] = ceilings.float16_matrices;
+  dict["bfloat16_matrices"] = ceilings.bfloat16_matrices;
   return dict;
 }
 
@@ -243,7 +329,15 @@ NB_MODULE(_native, m) {
   m.def("last_dispatch", LastDispatchDict);
   m.def("example_plan", ExamplePlanDict, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("head_dim"));
-  m.def("set_timing", SetTiming, nb::arg("enabled"), nb::arg("by_kernel") = true);
+  m.def(
+      "set_timing",
+      [](bool enabled, bool by_kernel) {
+        SetTiming(!enabled ? Timing::kOff : by_kernel ? Timing::kByKernel : Timing::kByCall);
+      },
+      nb::arg("enabled"), nb::arg("by_kernel") = true);
+  m.def("start_profile", StartProfile, nb::arg("by_kernel"), ReleaseGil());
+  m.def("stop_profile", StopProfileList);
+  m.def("measure_ceilings", CeilingsDict, nb::arg("device"));
   m.def("memory_stats", MemoryStats);
   m.def("trim_memory", TrimMemory, ReleaseGil());
   m.def("validation_messages", ValidationMessages);
