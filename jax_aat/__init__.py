@@ -3,9 +3,11 @@
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.audit import Audit
+from jax_aat.insights import Insight
 from jax_aat.plan import TilePlan
 from jax_aat.profiling import Profile, profile
 from jax_aat.report import Report
+from jax_aat.roofline import Ceilings, ceilings
 from jax_aat.state import ResolutionState
 from jax_aat.vulkan import (
     Device,
@@ -20,12 +22,15 @@ from jax_aat.vulkan import (
 __all__ = [
     "Adaptation",
     "Audit",
+    "Ceilings",
     "Device",
     "Dispatch",
+    "Insight",
     "Profile",
     "Report",
     "ResolutionState",
     "TilePlan",
+    "ceilings",
     "default_device",
     "devices",
     "last_dispatch",

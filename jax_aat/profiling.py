@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jax_aat import vulkan
+from jax_aat.insights import Insight, default_ceilings, insights
+from jax_aat.roofline import Ceilings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,6 +61,9 @@ class ProfiledCall:
       thread: Thread of the host, counted from 0.
       problem: Sizes in words, such as 'B1 T4096 S4096 N8 K2 H64 bfloat16 causal'.
       dtype: Of the query.
+      query_rows: Rows of queries of all heads and batch entries.
+      dense_pairs: Pairs of a row of queries and a key that exact attention multiplies, by
+        causality alone; a window leaves fewer.
       host_start: When the handler was called, seconds since the profile began.
       host_seconds: How long it took; under JAX's CPU platform it waits for the device.
       submitted: When the work was handed to the device, seconds since the profile began.
@@ -83,6 +88,8 @@ class ProfiledCall:
     thread: int
     problem: str
     dtype: str
+    query_rows: int
+    dense_pairs: float
     host_start: float
     host_seconds: float
     submitted: float
@@ -228,6 +235,15 @@ class Profile:
                 _number(kernel.bandwidth / 1e9),
             )
 
+    def insights(self, ceilings: Ceilings | None = None) -> tuple[Insight, ...]:
+        """What limits the calls and what to do about it, most time first.
+
+        Args:
+          ceilings: Of the device that ran the calls; None: those of `jax_aat.ceilings`, which are
+            measured if they never were.
+        """
+        return insights(self, default_ceilings(self) if ceilings is None else ceilings)
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON; NaN becomes null. Written to `path` if one is given."""
         content = {
@@ -306,6 +322,12 @@ def _call(record: Mapping[str, Any], origin: float) -> ProfiledCall:
                 strict=True,
             )
         )
+    rows = record["batch"] * record["queries"] * record["query_heads"]
+    # Of the causal rows t + 1 <= S keys each.
+    queries, keys = record["queries"], record["keys"]
+    if record["causal"]:
+        growing = min(queries, keys)
+        keys = (growing * (growing + 1) / 2 + (queries - growing) * keys) / queries
     return ProfiledCall(
         sequence=record["sequence"],
         direction=record["pass"],
@@ -320,6 +342,8 @@ def _call(record: Mapping[str, Any], origin: float) -> ProfiledCall:
             + (" causal" if record["causal"] else "")
         ),
         dtype=record["dtype"],
+        query_rows=rows,
+        dense_pairs=float(rows * keys),
         host_start=record["arrived"] - origin,
         host_seconds=record["ended"] - record["arrived"],
         submitted=record["submitted"] - origin,
