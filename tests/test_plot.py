@@ -212,6 +212,13 @@ def test_quality_draws_points_in_order_with_their_intervals() -> None:
     assert axes.get_ylabel() == "error"
 
 
+def test_intervals_that_say_nothing_do_not_flatten_the_values() -> None:
+    (axes,) = plot.quality({"a": [(0.25, 0.1, 1e-9, 1e9), (0.5, 0.05, 0.04, 0.06)]}).axes
+    np.testing.assert_allclose(axes.get_ylim(), (0.005, 1))
+    (axes,) = plot.quality({"a": [(0.25, 0.1, 0.09, 0.12)]}).axes
+    np.testing.assert_allclose(axes.get_ylim(), (0.09 / 1.3, 0.12 * 1.3))
+
+
 def test_a_loss_that_falls_is_drawn_on_a_linear_axis() -> None:
     figure = Figure()
     axes = figure.subplots()

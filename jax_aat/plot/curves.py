@@ -16,6 +16,8 @@ Point = Report | Sequence[float]
 
 # One more than colours, so that no two of 56 curves look the same.
 _MARKERS = "osD^vPXp"
+_SHOWN = 10
+"""How many times above and below the values intervals are shown."""
 
 
 def quality(
@@ -27,9 +29,11 @@ def quality(
     """Draws an error, a loss or the like against FLOPs.
 
     FLOPs are a fraction of those of exact attention, on a logarithmic axis; so is the other axis
-    where all values are above 0. Intervals are drawn as bands and bars. The first curve is solid,
-    those after it are dashed. A label without points is not drawn and keeps its colour and marker,
-    so that pictures of the same labels share them.
+    where all values are above 0. Intervals are drawn as bands and bars; of those that reach more
+    than 10 times above or below all values, as where too few rows were audited, the ends lie
+    outside a logarithmic axis. The first curve is solid, those after it are dashed. A label without
+    points is not drawn and keeps its colour and marker, so that pictures of the same labels share
+    them.
 
     A report stands for `Report.relative_flops`, the mean over heads, against the audited
     `Report.relative_error` with its 95% interval, both of all heads together.
@@ -73,6 +77,11 @@ def quality(
             axes.vlines(flops, low, high, color=colour, linewidth=1)
     if (everything[:, 1] > 0).all():
         axes.set_yscale("log")
+        values, low, high = everything[:, 1:].T
+        axes.set_ylim(
+            max(low.min() / 1.3, values.min() / _SHOWN),
+            min(1.3 * high.max(), _SHOWN * values.max()),
+        )
     else:
         axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
