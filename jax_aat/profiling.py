@@ -131,6 +131,7 @@ class KernelSummary:
     bandwidth: float
 
 
+@dataclass(eq=False)
 class Profile:
     """What `profile` saw; complete when its block has ended.
 
@@ -141,17 +142,11 @@ class Profile:
       annotations: What `annotate` named.
     """
 
-    device: vulkan.Device | None
-    seconds: float
-    calls: tuple[ProfiledCall, ...]
-    annotations: tuple[Annotation, ...]
-
-    def __init__(self) -> None:
-        self.device = vulkan.default_device()
-        self.seconds = 0.0
-        self.calls = ()
-        self.annotations = ()
-        self._origin = time.monotonic()
+    device: vulkan.Device | None = None
+    seconds: float = 0.0
+    calls: tuple[ProfiledCall, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
+    _origin: float = dataclasses.field(default_factory=time.monotonic, repr=False)
 
     @contextmanager
     def annotate(self, name: str) -> Iterator[None]:
@@ -294,7 +289,7 @@ def profile(*, by_kernel: bool = True) -> Iterator[Profile]:
     vulkan.require_native()
     from jax_aat import _native
 
-    profiled = Profile()
+    profiled = Profile(vulkan.default_device())
     _native.start_profile(by_kernel)
     try:
         yield profiled

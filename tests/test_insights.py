@@ -47,10 +47,7 @@ def timed(call, seconds, host_seconds, **changes):
 
 
 def profile_of(*calls, device=None):
-    made = Profile()
-    made.calls = calls
-    made.device = device
-    return made
+    return Profile(device, calls=calls)
 
 
 def causes(prof, ceilings=HUGE):

@@ -17,7 +17,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from jax_aat.plot.style import drawing_area, spread
 
 if TYPE_CHECKING:
-    from jax_aat.profiling import Ceilings, KernelTime, Profile, ProfiledCall
+    from jax_aat.profiling import KernelTime, Profile, ProfiledCall
+    from jax_aat.roofline import Ceilings
 
 # Their order of brightness survives in grey.
 _DIRECTIONS = {
