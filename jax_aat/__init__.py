@@ -3,6 +3,7 @@
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.audit import Audit
+from jax_aat.estimation import Estimate, estimate
 from jax_aat.insights import Insight
 from jax_aat.plan import TilePlan
 from jax_aat.profiling import Profile, profile
@@ -25,6 +26,7 @@ __all__ = [
     "Ceilings",
     "Device",
     "Dispatch",
+    "Estimate",
     "Insight",
     "Profile",
     "Report",
@@ -33,6 +35,7 @@ __all__ = [
     "ceilings",
     "default_device",
     "devices",
+    "estimate",
     "last_dispatch",
     "plan_tiles",
     "profile",

@@ -4,6 +4,7 @@ Functions raise RuntimeError, in words, where Vulkan cannot be used or the devic
 ValueError where an argument or an environment variable cannot be right.
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 class Traits(TypedDict):
@@ -69,6 +70,7 @@ ProfiledCall = TypedDict(
         "bytes": list[float],
         "imported_bytes": int,
         "staged_bytes": int,
+        "scratch_bytes": int,
         "dtype": str,
         "batch": int,
         "queries": int,
@@ -133,6 +135,33 @@ class Plan(TypedDict):
 
 def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan:
     """The plan of a device for plain calls of a pass, 'forward', 'tangent' or 'backward'."""
+
+def scratch_bytes(
+    device: int,
+    pass_name: str,
+    dtype: str,
+    sizes: Sequence[int],
+    causal: bool = False,
+    query_tile: int = 0,
+    level_count: int = 0,
+    candidate_share: float = 0.0,
+    judged_super_tiles: int = 0,
+    corrects: bool = False,
+) -> int:
+    """Memory that a plain call takes besides operands and results.
+
+    Args:
+      device: Index.
+      pass_name: As of `example_plan`.
+      dtype: Likewise.
+      sizes: Batch entries, queries, keys, query heads, key/value heads, head_dim.
+      causal: Whether it is.
+      query_tile: Rows of a query tile of its plan, which the forward pass makes; 0: it has none.
+      level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
+      candidate_share: See there.
+      judged_super_tiles: See there.
+      corrects: See there.
+    """
 
 def set_timing(enabled: bool, by_kernel: bool = True) -> None:
     """Times the kernels of later calls, or the calls as a whole, or no longer."""

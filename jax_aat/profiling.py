@@ -73,6 +73,7 @@ class ProfiledCall:
       kernels: Empty where calls are timed as a whole or the device has no timestamps.
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
+      scratch_bytes: Memory of the device that it took for itself.
       exact_pairs: Of a planned call: pairs of a row of queries and an exact row of keys that its
         work lists hold; None: it has no plan.
       coarse_pairs: Likewise with coarse rows.
@@ -98,6 +99,7 @@ class ProfiledCall:
     kernels: tuple[KernelTime, ...]
     imported_bytes: int
     staged_bytes: int
+    scratch_bytes: int
     exact_pairs: float | None
     coarse_pairs: float | None
     most_rows: int | None
@@ -347,6 +349,7 @@ def _call(record: Mapping[str, Any], origin: float) -> ProfiledCall:
         kernels=kernels,
         imported_bytes=record["imported_bytes"],
         staged_bytes=record["staged_bytes"],
+        scratch_bytes=record["scratch_bytes"],
         exact_pairs=record["exact_pairs"],
         coarse_pairs=record["coarse_pairs"],
         most_rows=record["most_rows"],

@@ -1,9 +1,11 @@
 // The Python module jax_aat._native: the custom calls, the devices, what ran and what it used.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <exception>
@@ -180,6 +182,7 @@ nb::dict ProfiledCallDict(const ProfiledCall& call) {
   nb::dict dict = RecordDict(record);
   dict["flops"] = flops;
   dict["bytes"] = bytes;
+  dict["scratch_bytes"] = record.scratch_bytes;
   dict["dtype"] = DtypeName(record.dtype);
   dict["batch"] = record.batch;
   dict["queries"] = record.queries;
@@ -246,7 +249,8 @@ nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const st
   DispatchPlan plan;
   {
     const nb::gil_scoped_release release;
-    plan = ExamplePlan(pass, dtype, head_dim, Runtime::Get().Acquire(device)->traits());
+    plan = ExamplePlan({.pass = pass, .dtype = dtype, .head_dim = head_dim},
+                       Runtime::Get().Acquire(device)->traits());
   }
   nb::list shaders;
   for (const Dispatch& dispatch : plan.dispatches) shaders.append(dispatch.shader);
@@ -254,6 +258,29 @@ nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const st
   dict["path"] = plan.path;
   dict["shaders"] = shaders;
   return dict;
+}
+
+std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const std::string& dtype,
+                           const std::array<std::uint32_t, 6>& sizes, bool causal,
+                           std::uint32_t query_tile, std::uint32_t level_count,
+                           float candidate_share, std::uint32_t judged_super_tiles, bool corrects) {
+  const ExampleCall call = {
+      .pass = pass,
+      .dtype = dtype,
+      .batch = sizes[0],
+      .queries = sizes[1],
+      .keys = sizes[2],
+      .query_heads = sizes[3],
+      .kv_heads = sizes[4],
+      .head_dim = sizes[5],
+      .causal = causal,
+      .query_tile = query_tile,
+      .level_count = level_count,
+      .candidate_share = candidate_share,
+      .judged_super_tiles = judged_super_tiles,
+      .corrects = corrects,
+  };
+  return ExamplePlan(call, Runtime::Get().Acquire(device)->traits()).scratch_bytes;
 }
 
 nb::dict PoolDict(const MemoryStatistics::Pool& pool) {
@@ -329,6 +356,10 @@ NB_MODULE(_native, m) {
   m.def("last_dispatch", LastDispatchDict);
   m.def("example_plan", ExamplePlanDict, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("head_dim"));
+  m.def("scratch_bytes", ScratchBytes, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
+        nb::arg("sizes"), nb::arg("causal") = false, nb::arg("query_tile") = 0,
+        nb::arg("level_count") = 0, nb::arg("candidate_share") = 0.0f,
+        nb::arg("judged_super_tiles") = 0, nb::arg("corrects") = false, ReleaseGil());
   m.def(
       "set_timing",
       [](bool enabled, bool by_kernel) {

@@ -20,6 +20,7 @@ struct Entry {
 
 struct Profile {
   Timing timing_before = Timing::kOff;
+  std::int64_t started = HostNow();
   std::deque<DispatchRecord> pending;  // oldest first
   std::vector<Entry> entries;
   std::map<std::shared_ptr<Context>, ClockSample> clocks;
@@ -60,7 +61,8 @@ bool Profiling() { return profiling; }
 void AddToProfile(DispatchRecord record) {
   if (!profiling) return;
   const std::lock_guard lock(mutex);
-  if (!profile) return;
+  // A call that came before was not measured.
+  if (!profile || record.arrived < profile->started) return;
   profile->pending.push_back(std::move(record));
   while (!profile->pending.empty()) {
     const DispatchRecord& front = profile->pending.front();
