@@ -21,14 +21,8 @@ python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
 # The tests' time goes to what XLA compiles, most of it run once.
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
-step kernels and API under the Vulkan validation layers
-# Every shader, in some of the cases of those that plan.
-JAX_AAT_VALIDATION=1 pytest -q -n 2 -k "not xla" \
-  tests/test_attention.py tests/test_kernels.py tests/test_plan_vulkan.py tests/test_runtime.py \
-  tests/test_router_vulkan.py::test_stages_and_levels \
-  tests/test_router_vulkan.py::test_foremost_super_tiles \
-  "tests/test_state_vulkan.py::test_gradients[causal]" \
-  "tests/test_state_vulkan.py::test_gradients[lengths]"
+step tests under the Vulkan validation layers
+JAX_AAT_VALIDATION=1 pytest -q -n 2 --validated only
 
-step tests
-pytest -q -n 2
+step all other tests
+pytest -q -n 2 --validated without
