@@ -21,8 +21,8 @@ SEED = int(
 )
 
 
-# What `scripts/test.sh` runs under the validation layers: every shader, in some of the cases of those
-# that plan, and all of the runtime. Cases that XLA computes are none of it.
+# What `scripts/test.sh` runs under the validation layers: every shader, in some of the cases of
+# those that plan, and all of the runtime. Cases that XLA computes are none of it.
 VALIDATED = (
     *("test_attention.py", "test_kernels.py", "test_plan_vulkan.py", "test_runtime.py"),
     *("test_profile.py", "test_router_vulkan.py::test_stages_and_levels"),
