@@ -17,26 +17,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from contenders import CONTENDERS, Case, Pass, first_head, reference
+from contenders import CONTENDERS
 from tabulate import tabulate
 
-import jax_aat
+from jax_aat.commands.bench import surroundings
+from jax_aat.commands.contenders import Case, Pass, errors, reference
 
 FOLDER = Path(__file__).parent
-NAMES = ("out", "dq", "dk", "dv")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,12 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(made: Pass, repeats: int) -> dict[str, float | None]:
     """Times a pass that has been warmed up; milliseconds."""
-    kernels = []
-    for _ in range(repeats):
-        made.wait(made.start())
-        kernels.append(made.kernel_milliseconds())
-    # Time stamps of ours are off from here on: a timed call waits for the one before it.
-    jax_aat.set_timing(False)
+    kernels = [made.device_milliseconds() for _ in range(repeats)]
     latencies = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -82,11 +74,6 @@ def measure(made: Pass, repeats: int) -> dict[str, float | None]:
     }
 
 
-def relative_error(x: np.ndarray, reference: np.ndarray) -> float:
-    """Returns ||x - reference|| / ||reference||."""
-    return float(np.linalg.norm(x - reference) / np.linalg.norm(reference))
-
-
 def run_row(
     case: Case,
     contender: str,
@@ -103,11 +90,7 @@ def run_row(
         for _ in range(3):
             results = made.wait(made.start())
         row["path"] = made.path()
-        results = results if backward else (results,)
-        row["errors"] = {
-            name: relative_error(made.as_float32(first_head(case, name, x)), ref)
-            for name, x, ref in zip(NAMES, results, expected, strict=False)
-        }
+        row["errors"] = errors(case, made, results, expected)
         del results
         row |= measure(made, repeats)
     except Exception as error:  # one contender that fails must not hide the others
@@ -118,23 +101,18 @@ def run_row(
     return row
 
 
-def surroundings() -> dict[str, Any]:
+def facts_of_run() -> dict[str, Any]:
     """Returns what the figures depend on: commit, command, devices, versions."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    vulkan = jax_aat.default_device()
     return {
         "commit": git("rev-parse", "HEAD"),
         "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
         "command": shlex.join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": f"{platform.platform()}, {platform.processor() or platform.machine()}",
-        "jax": jax.__version__,
-        "jax_device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-        "vulkan_device": f"{vulkan.name}, {vulkan.driver}" if vulkan else "none",
+        **surroundings(),
     }
 
 
@@ -148,7 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     headers += ["TFLOP/s", "error", "path"]
     lines = []
     for row in rows:
-        line = [row["length"], row["head_dim"], "yes" if row["causal"] else "no", row["pass"]]
+        line = [row["keys"], row["head_dim"], "yes" if row["causal"] else "no", row["pass"]]
         line.append(row["contender"])
         if "failed" in row:
             line += [""] * 5 + [f"failed: {row['failed']}"]
@@ -171,7 +149,7 @@ def write(stem: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Runs every case and returns 1 if jax_aat failed in any."""
     args = parse_arguments()
-    facts, rows = surroundings(), []
+    facts, rows = facts_of_run(), []
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"attention-{facts['date'].replace(':', '')[:15]}"
     cases = itertools.product(args.lengths, args.head_dims, [False, True])
@@ -180,6 +158,7 @@ def main() -> int:
             args.batch,
             args.heads,
             args.kv_heads or args.heads,
+            length,
             length,
             head_dim,
             causal,

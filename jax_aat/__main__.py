@@ -1,139 +1,47 @@
-"""``python -m jax_aat info``: what would compute attention on this machine, and why."""
+"""``python -m jax_aat``: what computes attention here, how well and how fast."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
-import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import jax
+from jax_aat.commands import bench, info, selftest, show
+from jax_aat.commands.terminal import BAD, EXIT_CODES, PROGRAM, UnusableError, UsageError
 
-from jax_aat import vulkan
-
-PASSES = ("forward", "tangent", "backward")
-HEAD_DIMS = (64, 128, 256)
-VARIABLES = {
-    "JAX_AAT_DEVICE": "index, or part of the name, of the Vulkan device to use",
-    vulkan.SWITCH: "1 switches the custom calls off",
-    "JAX_AAT_LOG": "least severe messages written: error, warning, info or debug",
-    "JAX_AAT_VALIDATION": "1 runs under the Vulkan validation layers",
-    "JAX_AAT_MEMORY_LIMIT": "bytes of device memory that may be held",
-    "JAX_AAT_CACHE_DIR": "folder of compiled pipelines",
-}
+COMMANDS = (info, selftest, bench, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns 0 if Vulkan can compute attention here and 1 if not."""
+    """Runs the command line.
+
+    Args:
+      arguments: Those after the name of the program; None: those of this process.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      SystemExit: With code 2, after a message, where the arguments do not fit; with 0 after help.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m jax_aat", description="Adaptive tiled attention for JAX, by Vulkan."
+        prog=PROGRAM,
+        description="Adaptive tiled attention for JAX, by Vulkan.",
+        epilog=f"'{PROGRAM} COMMAND --help' describes a command.\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "info",
-        help="what would compute attention on this machine, and why",
-        description="Prints driver, devices, features, the kernels that will be chosen and why, "
-        "and what is missing. Exits with 0 if Vulkan can compute attention here, with 1 if not.",
-    )
-    parser.parse_args(arguments)
-    for line in report():
-        print(line)
-    return 1 if vulkan.problem() else 0
-
-
-def report() -> Iterator[str]:
-    """The lines that ``info`` prints."""
-    python = platform.python_version()
-    yield f"jax_aat {_version()}, JAX {jax.__version__} ({jax.default_backend()}), Python {python}"
-    default = vulkan.default_device()
-    for device in vulkan.devices():
-        yield ""
-        yield from _describe(device, used=device == default)
-    yield ""
-    if problem := vulkan.problem():
-        yield f"Vulkan cannot be used: {problem}"
-    if default is not None:
-        yield "kernels, for calls without bias or mask:"
-        yield from _table(_kernels(default))
-        yield ""
-        yield f"pipeline cache: {_pipeline_cache()}"
-    chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
-    yield f"implementation=None means {chosen!r} here: {_reason(default)}"
-    yield ""
-    yield "environment variables:"
-    yield from _table((name, os.environ.get(name, "unset"), use) for name, use in VARIABLES.items())
-
-
-def _version() -> str:
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    options = parser.parse_args(arguments)
     try:
-        return version("jax_aat")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _describe(device: vulkan.Device, used: bool) -> Iterator[str]:
-    yield f"device {device.index}: {device.name} ({device.kind}){', used' if used else ''}"
-    yield f"  driver    {device.driver}"
-    yield f"  Vulkan    {device.api_version}, device UUID {device.uuid}"
-    for title, present in (("has", True), ("lacks", False)):
-        names = [name for name, found in device.features.items() if found is present]
-        yield f"  {title:<9} {', '.join(names) or 'nothing'}"
-    yield f"  traits    {', '.join(f'{k} {v}' for k, v in device.traits.items())}"
-    if device.missing:
-        yield f"  cannot be used: it lacks {', '.join(device.missing)}"
-
-
-def _kernels(device: vulkan.Device) -> Iterator[Sequence[str]]:
-    from jax_aat import _native
-
-    yield "pass", "dtype", "head_dim", "path", "shaders", "why"
-    for name, dtype in itertools.product(PASSES, vulkan.DTYPES):
-
-        def choice(head_dim: int, name: str = name, dtype: str = dtype) -> tuple[str, str, str]:
-            plan = _native.example_plan(device.index, name, dtype, head_dim)
-            shaders = ", ".join(s for s in plan["shaders"] if not s.startswith("work_lists"))
-            return plan["path"], shaders, _why(plan["path"], dtype, device.traits)
-
-        for chosen, head_dims in itertools.groupby(HEAD_DIMS, choice):
-            yield name, dtype, ", ".join(map(str, head_dims)), *chosen
-
-
-def _why(path: str, dtype: str, traits: Mapping[str, Any]) -> str:
-    """Why the planner took that family of kernels."""
-    if path != "portable":
-        return "cooperative matrices"
-    if dtype == "float32":
-        return "matrix units do not multiply float32"
-    if not (traits["coopmat_float16"] if dtype == "float16" else traits["coopmat_bfloat16"]):
-        return f"no 16x16x16 cooperative matrices of {dtype}"
-    if not traits["coopmat_layout_known"]:
-        return "the layout of the device's cooperative matrices is not known"
-    return "no matrix kernel for this pass and head_dim"
-
-
-def _reason(device: vulkan.Device | None) -> str:
-    if vulkan.problem() or device is None:
-        return "Vulkan cannot be used"
-    return f"the device is of the kind {device.kind!r}"
-
-
-def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
-
-
-def _pipeline_cache() -> str:
-    from jax_aat import _native
-
-    file = Path(_native.cache_path())
-    return f"{file}, {file.stat().st_size} bytes" if file.exists() else f"{file}, not written yet"
+        code: int = options.run(options)
+    except UsageError as error:
+        commands.choices[options.command].error(str(error))
+    except UnusableError as error:
+        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        return BAD
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import os
+import zipfile
+import zlib
 from typing import Any
 
 import jax
@@ -31,11 +35,14 @@ _LISTS = {
     Slot.KEY_LIST_HEADERS: "key_list_headers",
     Slot.KEY_LIST_ENTRIES: "key_list_entries",
 }
+_ARRAYS = ("levels", *_LISTS.values(), "log_lambda")
+_NOT_A_PLAN = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What reading a file that holds something else raises."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["levels", *_LISTS.values(), "log_lambda"],
+    data_fields=list(_ARRAYS),
     meta_fields=["grid", "adaptation", "causal", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +238,47 @@ class TilePlan:
         for name, expected in zip(_LISTS.values(), lists, strict=True):
             _require(getattr(flat, name), expected, name, "something else than the levels say")
         return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a plan of concrete arrays to a file, which is that of `numpy.savez_compressed`.
+
+        Raises:
+          OSError: The file cannot be written.
+        """
+        fixed = {
+            "grid": dataclasses.asdict(self.grid),
+            "adaptation": dataclasses.asdict(self.adaptation),
+            "causal": self.causal,
+            "window": self.window,
+        }
+        arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
+        # Given a name, NumPy would put .npz behind it.
+        with open(path, "wb") as file:
+            np.savez_compressed(file, fixed=np.array(json.dumps(fixed)), **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TilePlan":
+        """Reads a plan that `save` wrote and validates it.
+
+        Raises:
+          OSError: The file cannot be read.
+          ValueError: It is not a plan, or it is corrupted; says what is wrong.
+        """
+        try:
+            # What is no archive NumPy takes for a pickle.
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+                fixed = json.loads(str(file["fixed"]))
+                arrays = {name: jnp.asarray(file[name]) for name in _ARRAYS}
+            adaptation = fixed["adaptation"] | {"levels": tuple(fixed["adaptation"]["levels"])}
+            return cls(
+                **arrays,
+                grid=Grid(**fixed["grid"]),
+                adaptation=Adaptation(**adaptation),
+                causal=bool(fixed["causal"]),
+                window=tuple(fixed["window"]),
+            ).validate()
+        except _NOT_A_PLAN as error:
+            raise ValueError(f"{path}: is not a plan that TilePlan.save wrote: {error}") from error
 
     def rows(self) -> jax.Array:
         """Keys and coarse rows that each tile reads, [B, L, I] float32."""

@@ -37,14 +37,15 @@ def dense_attention(
     query_segment_ids: jax.Array | None = None,
     key_value_segment_ids: jax.Array | None = None,
     logits_soft_cap: float | None = None,
+    dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention by its definition.
 
-    Arguments are those of `jax_aat.tiled_attention` in the layout BTNH.
+    Arguments are those of `jax_aat.tiled_attention` in the layout BTNH, and `dtype`, which is
+    computed in and rounded to after every step; None: float64 if `query` is float64, else float32.
 
     Returns:
-      The output [B, T, N, H] and logsumexp [B, T, N], both in float64 if `query` is float64, else
-      in float32.
+      The output [B, T, N, H] and logsumexp [B, T, N], both in `dtype`.
     """
     logits, visible = _logits(
         query,
@@ -59,6 +60,7 @@ def dense_attention(
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
         logits_soft_cap=logits_soft_cap,
+        dtype=dtype,
     )
     weights, lse = _softmax(jnp.where(visible, logits, -jnp.inf))
     return _weighted(weights, value), jnp.swapaxes(lse, 1, 2)
@@ -142,6 +144,12 @@ def dense_adaptive_attention(
     return out, jnp.swapaxes(lse, 1, 2), jnp.swapaxes(jnp.stack(shares, -1), 1, 2)
 
 
+def relative_error(actual: Any, expected: Any) -> float:
+    """||actual - expected|| / ||expected|| in float64; ||actual|| where nothing is expected."""
+    x, reference = (np.asarray(a, np.float64) for a in (actual, expected))
+    return float(np.linalg.norm(x - reference)) / (float(np.linalg.norm(reference)) or 1.0)
+
+
 def _logits(
     query: jax.Array,
     key: jax.Array,
@@ -156,13 +164,15 @@ def _logits(
     query_segment_ids: jax.Array | None = None,
     key_value_segment_ids: jax.Array | None = None,
     logits_soft_cap: float | None = None,
+    dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits of every pair, and which query sees which key; both [B, N, T, S]."""
-    dtype = accumulation_dtype(query.dtype)
+    dtype = accumulation_dtype(query.dtype) if dtype is None else dtype
     q, k = query.astype(dtype), key.astype(dtype)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest")
-    logits *= 1 / np.sqrt(q.shape[-1]) if scale is None else scale
+    # A scalar of NumPy would be wider than 16 bits, and so would the product be.
+    logits *= jnp.asarray(1 / np.sqrt(q.shape[-1]) if scale is None else scale, dtype)
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     if bias is not None:
