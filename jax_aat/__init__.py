@@ -3,6 +3,13 @@
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.audit import Audit
+from jax_aat.memory import (
+    MemoryStatistics,
+    PoolStatistics,
+    SharedStatistics,
+    memory_stats,
+    trim_memory,
+)
 from jax_aat.plan import TilePlan
 from jax_aat.report import Report
 from jax_aat.state import ResolutionState
@@ -21,14 +28,19 @@ __all__ = [
     "Audit",
     "Device",
     "Dispatch",
+    "MemoryStatistics",
+    "PoolStatistics",
     "Report",
     "ResolutionState",
+    "SharedStatistics",
     "TilePlan",
     "default_device",
     "devices",
     "last_dispatch",
+    "memory_stats",
     "plan_tiles",
     "set_default_device",
     "set_timing",
     "tiled_attention",
+    "trim_memory",
 ]

@@ -56,7 +56,7 @@ class HostOperands {
   };
   struct ImportedPages {
     Pages pages;
-    MemoryManager::Import import;
+    MemoryManager::SharedMemory import;
   };
   struct Staged {
     std::size_t operand;
