@@ -17,20 +17,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from contenders import CONTENDERS, Case, Pass, first_head, reference
+from surroundings import surroundings
 from tabulate import tabulate
 
 import jax_aat
@@ -116,26 +112,6 @@ def run_row(
     operations = case.floating_point_operations() * (3.5 if backward else 1.0)
     row["tflops"] = operations / (row["kernel"] or row["pipelined"]) * 1e-9
     return row
-
-
-def surroundings() -> dict[str, Any]:
-    """Returns what the figures depend on: commit, command, devices, versions."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    vulkan = jax_aat.default_device()
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
-        "command": shlex.join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": f"{platform.platform()}, {platform.processor() or platform.machine()}",
-        "jax": jax.__version__,
-        "jax_device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
-        "vulkan_device": f"{vulkan.name}, {vulkan.driver}" if vulkan else "none",
-    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
