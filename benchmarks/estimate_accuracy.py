@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from attention import FOLDER, surroundings
+from surroundings import surroundings
 from tabulate import tabulate
 from tqdm import tqdm
 
 import jax_aat
 from jax_aat import Adaptation, tiled_attention
 
+FOLDER = Path(__file__).parent
 COLUMNS = ("pass", "causal", "budget", "queries", "estimated ms", "measured ms", "off by")
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     )
     worst = max(abs(row["off by"]) for row in rows)
     text = (
-        f"# Accuracy of estimates\n\n{facts['device']}, commit {facts['commit']}.\n\n"
+        f"# Accuracy of estimates\n\n{facts['vulkan_device']}, commit {facts['commit']}.\n\n"
         f"`{facts['command']}`\n\n{table}\n\nOff by {worst:.0%} at most.\n"
     )
     arguments.output.with_suffix(".md").write_text(text)

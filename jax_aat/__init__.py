@@ -5,6 +5,13 @@ from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.audit import Audit
 from jax_aat.estimation import Estimate, estimate
 from jax_aat.insights import Insight
+from jax_aat.memory import (
+    MemoryStatistics,
+    PoolStatistics,
+    SharedStatistics,
+    memory_stats,
+    trim_memory,
+)
 from jax_aat.plan import TilePlan
 from jax_aat.profiling import Profile, profile
 from jax_aat.report import Report
@@ -28,18 +35,23 @@ __all__ = [
     "Dispatch",
     "Estimate",
     "Insight",
+    "MemoryStatistics",
+    "PoolStatistics",
     "Profile",
     "Report",
     "ResolutionState",
+    "SharedStatistics",
     "TilePlan",
     "ceilings",
     "default_device",
     "devices",
     "estimate",
     "last_dispatch",
+    "memory_stats",
     "plan_tiles",
     "profile",
     "set_default_device",
     "set_timing",
     "tiled_attention",
+    "trim_memory",
 ]

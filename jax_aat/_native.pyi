@@ -92,22 +92,36 @@ ProfiledCall = TypedDict(
 )
 
 class PoolStatistics(TypedDict):
-    """Memory of one pool, or of all of them."""
+    """Memory of one pool, or of all of them; `jax_aat.PoolStatistics` says what is what."""
 
     reserved_bytes: int
     in_use_bytes: int
-    blocks: int
-    allocations: int
-
-class MemoryStatistics(PoolStatistics):
-    """Memory of all pools, and of host memory that calls used in place."""
-
     peak_reserved_bytes: int
     peak_in_use_bytes: int
-    limit_bytes: int
-    imports: int
-    live_imports: int
+    largest_free_bytes: int
+    blocks: int
+    allocations: int
+    total_allocations: int
+
+class SharedStatistics(TypedDict):
+    """Memory that is shared with others."""
+
+    live: int
+    live_bytes: int
+    total: int
+
+class MemoryStatistics(TypedDict):
+    """Memory of a device; `jax_aat.MemoryStatistics` says what is what."""
+
+    total: PoolStatistics
     pools: dict[str, PoolStatistics]
+    host_imports: SharedStatistics
+    cuda_imports: SharedStatistics
+    cuda_exports: SharedStatistics
+    limit_bytes: int
+    heap_bytes: int
+    heap_budget_bytes: int | None
+    heap_usage_bytes: int | None
 
 def registrations(platform: str) -> dict[str, object]:
     """The custom calls of a JAX platform, capsules by target name."""
@@ -183,11 +197,11 @@ class Ceilings(TypedDict):
 def measure_ceilings(device: int) -> Ceilings:
     """What the device can do at most, by short runs; RuntimeError where it has no timestamps."""
 
-def memory_stats() -> MemoryStatistics:
-    """Memory that the default device's context holds; zeros before the first call."""
+def memory_stats(device: int) -> MemoryStatistics | None:
+    """Memory that a device's context holds; None where no call made one yet."""
 
-def trim_memory() -> int:
-    """Gives idle memory of the default device back; returns the number of bytes."""
+def trim_memory(device: int) -> int:
+    """Gives idle memory of a device back; returns the number of bytes."""
 
 def validation_messages() -> list[str]:
     """What the validation layers said so far (`JAX_AAT_VALIDATION=1`)."""

@@ -66,11 +66,11 @@ def test_calls_without_a_wait_between_them_do_not_grow_memory():
     for _ in range(200):
         out = attend(q, k, v)
     jax.block_until_ready(out)
-    reserved = jax_aat._native.memory_stats()["reserved_bytes"]
+    reserved = jax_aat.memory_stats().total.reserved_bytes
     for _ in range(2000):
         out = attend(q, k, v)
     jax.block_until_ready(out)
-    assert jax_aat._native.memory_stats()["reserved_bytes"] <= reserved
+    assert jax_aat.memory_stats().total.reserved_bytes <= reserved
 
 
 @pytest.mark.parametrize("allocator", ["platform", "cuda_async"])

@@ -20,6 +20,7 @@
 #include "metrics/last_dispatch.h"
 #include "metrics/profile.h"
 #include "vulkan/features.h"
+#include "vulkan/local_heap.h"
 #include "vulkan/pipeline_cache.h"
 #include "vulkan/runtime.h"
 #include "vulkan/text.h"
@@ -287,40 +288,56 @@ nb::dict PoolDict(const MemoryStatistics::Pool& pool) {
   nb::dict dict;
   dict["reserved_bytes"] = pool.reserved_bytes;
   dict["in_use_bytes"] = pool.in_use_bytes;
+  dict["peak_reserved_bytes"] = pool.peak_reserved_bytes;
+  dict["peak_in_use_bytes"] = pool.peak_in_use_bytes;
+  dict["largest_free_bytes"] = pool.largest_free_bytes;
   dict["blocks"] = pool.blocks;
   dict["allocations"] = pool.allocations;
+  dict["total_allocations"] = pool.total_allocations;
   return dict;
 }
 
-// The context of the default device if a call made one already.
-std::shared_ptr<Context> ExistingContext() {
-  Runtime& runtime = Runtime::Get();
-  return runtime.Existing(runtime.default_device());
+nb::dict SharedDict(const MemoryStatistics& statistics, Sharing sharing) {
+  const MemoryStatistics::Shared& shared = statistics.shared[static_cast<std::size_t>(sharing)];
+  nb::dict dict;
+  dict["live"] = shared.live;
+  dict["live_bytes"] = shared.live_bytes;
+  dict["total"] = shared.total;
+  return dict;
 }
 
-nb::dict MemoryStats() {
+std::optional<nb::dict> MemoryStats(std::uint32_t device) {
   MemoryStatistics statistics;
+  LocalHeap heap;
   {
     const nb::gil_scoped_release release;
-    if (const auto context = ExistingContext()) statistics = context->memory().Statistics();
+    const auto context = Runtime::Get().Existing(device);
+    if (context == nullptr) return std::nullopt;
+    statistics = context->memory().Statistics();
+    heap = LargestLocalHeap(context->device());
   }
-  nb::dict dict = PoolDict(statistics.total);
-  dict["peak_reserved_bytes"] = statistics.peak_reserved_bytes;
-  dict["peak_in_use_bytes"] = statistics.peak_in_use_bytes;
-  dict["limit_bytes"] = statistics.limit_bytes;
-  dict["imports"] = statistics.imports;
-  dict["live_imports"] = statistics.live_imports;
   nb::dict pools;
   for (std::size_t i = 0; i < kPurposeCount; ++i) {
     pools[PurposeName(static_cast<Purpose>(i))] = PoolDict(statistics.pools[i]);
   }
+  nb::dict dict;
+  dict["total"] = PoolDict(statistics.total);
   dict["pools"] = pools;
+  dict["host_imports"] = SharedDict(statistics, Sharing::kHostImport);
+  dict["cuda_imports"] = SharedDict(statistics, Sharing::kCudaImport);
+  dict["cuda_exports"] = SharedDict(statistics, Sharing::kCudaExport);
+  dict["limit_bytes"] = statistics.limit_bytes;
+  dict["heap_bytes"] = heap.bytes;
+  dict["heap_budget_bytes"] = heap.budget ? nb::cast(heap.budget->bytes) : nb::none();
+  dict["heap_usage_bytes"] = heap.budget ? nb::cast(heap.budget->usage) : nb::none();
   return dict;
 }
 
-std::uint64_t TrimMemory() {
-  const auto context = ExistingContext();
-  return context == nullptr ? 0 : context->memory().Trim();
+std::uint64_t TrimMemory(std::uint32_t device) {
+  const auto context = Runtime::Get().Existing(device);
+  if (context == nullptr) return 0;
+  context->queries().Trim();
+  return context->memory().Trim();
 }
 
 std::string CachePath() {
@@ -329,7 +346,9 @@ std::string CachePath() {
 }
 
 void MarkDeviceLost() {
-  if (const auto context = ExistingContext()) context->device().MarkLost();
+  Runtime& runtime = Runtime::Get();
+  const auto context = runtime.Existing(runtime.default_device());
+  if (context != nullptr) context->device().MarkLost();
 }
 
 }  // namespace
@@ -369,14 +388,15 @@ NB_MODULE(_native, m) {
   m.def("start_profile", StartProfile, nb::arg("by_kernel"), ReleaseGil());
   m.def("stop_profile", StopProfileList);
   m.def("measure_ceilings", CeilingsDict, nb::arg("device"));
-  m.def("memory_stats", MemoryStats);
-  m.def("trim_memory", TrimMemory, ReleaseGil());
+  m.def("memory_stats", MemoryStats, nb::arg("device"));
+  m.def("trim_memory", TrimMemory, nb::arg("device"), ReleaseGil());
   m.def("validation_messages", ValidationMessages);
   m.def("cache_path", CachePath, ReleaseGil());
   m.def("mark_device_lost", MarkDeviceLost, ReleaseGil());
   // Drivers must not be torn down by the exit handlers of the process, in no known order.
   const auto shutdown = nb::cpp_function(
       [] {
+        ForgetProfile();
         ForgetLastDispatch();
         Runtime::Get().Shutdown();
       },

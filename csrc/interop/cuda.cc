@@ -33,8 +33,7 @@ struct StreamState {
 // What one device keeps for CUDA; destroyed with its context.
 class CudaBridge {
  public:
-  explicit CudaBridge(const Context& context)
-      : memory(context.device()), device_(context.device()) {
+  explicit CudaBridge(Context& context) : memory(context.memory()), device_(context.device()) {
     for (const char* extension :
          {VK_KHR_EXTERNAL_MEMORY_FD_EXTENSION_NAME, VK_KHR_EXTERNAL_SEMAPHORE_FD_EXTENSION_NAME}) {
       if (!device_.physical().HasExtension(extension)) {
@@ -76,7 +75,7 @@ std::uint32_t DeviceIndex(const cuda::Uuid& uuid) {
 // The operands of one call: where Vulkan finds them, and which had to be copied.
 class CudaOperands {
  public:
-  CudaOperands(const Device& device, CudaMemory& memory, StreamState& state,
+  CudaOperands(MemoryManager& manager, CudaMemory& memory, StreamState& state,
                const OperandBuffers& buffers, cuda::Stream stream)
       : state_(state), buffers_(buffers), stream_(stream) {
     std::uint64_t staging_bytes = 0;
@@ -96,7 +95,7 @@ class CudaOperands {
       // Rare: the work and the copies of earlier calls use the smaller buffer.
       state.channel.WaitOnHost();
       state.staging.reset();
-      state.staging = std::make_unique<CudaStaging>(device, std::bit_ceil(staging_bytes));
+      state.staging = std::make_unique<CudaStaging>(manager, std::bit_ceil(staging_bytes));
     }
     for (const Copy& copy : copies_) {
       addresses_[copy.operand] = state.staging->address() + copy.offset;
@@ -162,7 +161,7 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, c
   StreamState& state = bridge.StateOf(stream);
 
   const std::lock_guard lock(state.mutex);
-  CudaOperands operands(context->device(), bridge.memory, state, buffers, stream);
+  CudaOperands operands(context->memory(), bridge.memory, state, buffers, stream);
   recorder.Planned(prepared.plan, operands.addresses());
   operands.CopyIn();
   state.channel.Turn([&](const TimelinePoint& ready, const TimelinePoint& done) {

@@ -55,7 +55,7 @@ class HostOperands {
   };
   struct ImportedPages {
     Pages pages;
-    MemoryManager::Import import;
+    MemoryManager::SharedMemory import;
   };
   struct Staged {
     std::size_t operand;

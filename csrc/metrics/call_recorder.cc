@@ -60,7 +60,7 @@ void CallRecorder::Planned(const DispatchPlan& plan, OperandAddresses& addresses
 }
 
 void CallRecorder::Submitted(const Submission& submission) {
-  record_.submitted = HostNow();
+  record_.submitted = HostNanoseconds(submission.handed_over);
   record_.queue = submission.queue;
   if (timestamps_ != nullptr) timestamps_->Submitted(submission.done);
   if (work_ != nullptr) work_->Submitted(submission.done);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -70,11 +69,11 @@ ClockSample Bracketed(Context& context) {
 
 }  // namespace
 
-std::int64_t HostNow() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+std::int64_t HostNanoseconds(std::chrono::steady_clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
 }
+
+std::int64_t HostNow() { return HostNanoseconds(std::chrono::steady_clock::now()); }
 
 double NanosecondsBetween(const PhysicalDevice& device, std::uint64_t from, std::uint64_t to) {
   const std::uint32_t bits = device.timestamp_bits;

@@ -1,6 +1,7 @@
 // The device's clock beside the host's.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 
 #include "vulkan/context.h"
@@ -8,6 +9,7 @@
 namespace jax_aat {
 
 // Nanoseconds of the host's steady clock.
+std::int64_t HostNanoseconds(std::chrono::steady_clock::time_point time);
 std::int64_t HostNow();
 
 // From one tick of the device to another, which may be the earlier one.

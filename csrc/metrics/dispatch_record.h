@@ -33,9 +33,9 @@ struct DispatchRecord {
   std::vector<KernelRecord> kernels;  // in the order of their dispatches
   std::uint64_t imported_bytes = 0;   // operands used where they lie
   std::uint64_t scratch_bytes = 0;
-  std::uint64_t staged_bytes = 0;     // operands copied
-  std::uint32_t queue = 0;            // of the device
-  std::uint32_t thread = 0;           // of the host, counted from 0
+  std::uint64_t staged_bytes = 0;  // operands copied
+  std::uint32_t queue = 0;         // of the device
+  std::uint32_t thread = 0;        // of the host, counted from 0
   // Nanoseconds of the host's steady clock: the call came, was submitted, the handler ended.
   std::int64_t arrived = 0, submitted = 0, ended = 0;
   std::shared_ptr<const Timestamps> timestamps;  // null: not timed

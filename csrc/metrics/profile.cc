@@ -74,6 +74,13 @@ void AddToProfile(DispatchRecord record) {
   }
 }
 
+void ForgetProfile() {
+  std::optional<Profile> forgotten;
+  const std::lock_guard lock(mutex);
+  profiling = false;
+  profile.swap(forgotten);
+}
+
 std::vector<ProfiledCall> StopProfile() {
   std::optional<Profile> ended;
   {

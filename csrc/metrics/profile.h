@@ -25,5 +25,7 @@ bool Profiling();
 std::vector<ProfiledCall> StopProfile();
 
 void AddToProfile(DispatchRecord record);
+// Lets go of what a profile that was not stopped holds.
+void ForgetProfile();
 
 }  // namespace jax_aat

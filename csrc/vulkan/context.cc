@@ -109,10 +109,11 @@ Submission Context::Run(PreparedPlan prepared, const OperandAddresses& addresses
   Queue& queue = LeastLoadedQueue();
   std::unique_ptr<CommandSlot> slot = queue.Begin();
   Record(slot->buffer(), plan, pipelines, parameters.address(), around);
+  const auto now = std::chrono::steady_clock::now();
   const TimelinePoint done = queue.Submit(std::move(slot), around.waits, around.signals);
   std::move(parameters).ReleaseAt(done);
   if (prepared.block) std::move(*prepared.block).ReleaseAt(done);
-  return {done, queue.index()};
+  return {done, queue.index(), now};
 }
 
 TimelinePoint Context::Submit(const std::function<void(VkCommandBuffer)>& record) {

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -53,6 +54,7 @@ struct PreparedPlan {
 struct Submission {
   TimelinePoint done;  // reached when all of it is
   std::uint32_t queue = 0;
+  std::chrono::steady_clock::time_point handed_over;  // just before
 };
 
 class Context {
