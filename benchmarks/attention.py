@@ -112,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         line = [row["keys"], row["head_dim"], "yes" if row["causal"] else "no", row["pass"]]
         line.append(row["contender"])
         if "failed" in row:
-            line += [""] * 5 + [f"failed: {row['failed']}"]
+            line += [""] * 5 + [f"failed: `{row['failed']}`"]
         else:
             line += [figure(row[name], ".3f") for name in ("latency", "pipelined", "kernel")]
             line += [figure(row["tflops"], ".4g"), figure(max(row["errors"].values()), ".2e")]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs every check: style, types, example, validation layers, tests.
+# Installs what is missing, then runs every check: style, types, example, documentation, validation layers, tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -17,6 +17,9 @@ mypy
 step example, in a tiny size
 python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
   --steps 4 --save-every 2 --output build/example
+
+step documentation
+mkdocs build --strict
 
 # The tests' time goes to what XLA compiles, most of it run once.
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
