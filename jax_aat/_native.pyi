@@ -197,6 +197,9 @@ class Ceilings(TypedDict):
 def measure_ceilings(device: int) -> Ceilings:
     """What the device can do at most, by short runs; RuntimeError where it has no timestamps."""
 
+def kernel_statistics(device: int) -> list[tuple[str, list[int], dict[str, float]]]:
+    """Shader, specialisation and the driver's statistics of each pipeline so far."""
+
 def memory_stats(device: int) -> MemoryStatistics | None:
     """Memory that a device's context holds; None where no call made one yet."""
 

@@ -44,7 +44,7 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
       RuntimeError: Vulkan cannot be used, or the device has no timestamps.
       ValueError: There is no such device.
     """
-    chosen = _find(device)
+    chosen = vulkan.find_device(device)
     file = _file(chosen)
     if file is not None and file.exists() and not measure_again:
         return _ceilings(chosen, json.loads(file.read_text()))
@@ -57,19 +57,6 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
         part.write_text(json.dumps(measured))
         part.replace(file)
     return _ceilings(chosen, measured)
-
-
-def _find(device: vulkan.Device | int | None) -> vulkan.Device:
-    if device is None:
-        default = vulkan.default_device()
-        if default is None:
-            raise RuntimeError(vulkan.problem())
-        return default
-    index = device.index if isinstance(device, vulkan.Device) else device
-    known = vulkan.devices()
-    if not 0 <= index < len(known):
-        raise ValueError(f"device: got index {index}, there are {len(known)} devices")
-    return known[index]
 
 
 def _file(device: vulkan.Device) -> Path | None:

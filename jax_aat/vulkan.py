@@ -189,6 +189,59 @@ def set_timing(enabled: bool, *, by_kernel: bool = True) -> None:
     _native.set_timing(enabled, by_kernel)
 
 
+@dataclass(frozen=True)
+class KernelStatistics:
+    """What the driver's compiler tells of a kernel.
+
+    Attributes:
+      kernel: Shader module.
+      specialization: Its constants, by index (shaders/common/specialization.glsl).
+      values: By the driver's own names: registers, shared memory, spills and the like.
+    """
+
+    kernel: str
+    specialization: tuple[int, ...]
+    values: Mapping[str, float]
+
+
+def kernel_statistics(device: Device | int | None = None) -> tuple[KernelStatistics, ...]:
+    """Statistics of all kernels that this process has run on a device.
+
+    Each is compiled once more, as drivers keep none otherwise. Empty where the device lacks
+    VK_KHR_pipeline_executable_properties or ran nothing.
+
+    Args:
+      device: One of `devices`, itself or its index; None: the default one.
+
+    Raises:
+      RuntimeError: Vulkan cannot be used.
+      ValueError: There is no such device.
+    """
+    return tuple(
+        KernelStatistics(kernel, tuple(specialization), MappingProxyType(values))
+        for kernel, specialization, values in _native.kernel_statistics(find_device(device).index)
+    )
+
+
+def find_device(device: Device | int | None) -> Device:
+    """The device that is meant; None: the default one.
+
+    Raises:
+      RuntimeError: Vulkan cannot be used.
+      ValueError: There is no such device.
+    """
+    if device is None:
+        default = default_device()
+        if default is None:
+            raise RuntimeError(problem())
+        return default
+    index = device.index if isinstance(device, Device) else device
+    known = devices()
+    if not 0 <= index < len(known):
+        raise ValueError(f"device: got index {index}, there are {len(known)} devices")
+    return known[index]
+
+
 def problem() -> str:
     """Why Vulkan cannot be used and what to do about it; empty where it can."""
     if os.environ.get(SWITCH) == "1":

@@ -245,6 +245,25 @@ nb::dict CeilingsDict(std::uint32_t device) {
   return dict;
 }
 
+nb::list KernelStatisticsList(std::uint32_t device) {
+  std::vector<Pipelines::Statistics> collected;
+  {
+    const nb::gil_scoped_release release;
+    if (const auto context = Runtime::Get().Existing(device)) {
+      collected = context->pipelines().CollectStatistics();
+    }
+  }
+  nb::list list;
+  for (const Pipelines::Statistics& each : collected) {
+    nb::dict values;
+    for (const PipelineStatistic& statistic : each.statistics) {
+      values[statistic.name.c_str()] = statistic.value;
+    }
+    list.append(nb::make_tuple(each.shader, nb::cast(each.specialization), values));
+  }
+  return list;
+}
+
 nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const std::string& dtype,
                          std::uint32_t head_dim) {
   DispatchPlan plan;
@@ -388,6 +407,7 @@ NB_MODULE(_native, m) {
   m.def("start_profile", StartProfile, nb::arg("by_kernel"), ReleaseGil());
   m.def("stop_profile", StopProfileList);
   m.def("measure_ceilings", CeilingsDict, nb::arg("device"));
+  m.def("kernel_statistics", KernelStatisticsList, nb::arg("device"));
   m.def("memory_stats", MemoryStats, nb::arg("device"));
   m.def("trim_memory", TrimMemory, nb::arg("device"), ReleaseGil());
   m.def("validation_messages", ValidationMessages);
