@@ -186,12 +186,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Runs every number of threads; returns 1 if more was kept than the bound or the idle."""
     args = parse_arguments()
-    rows = []
+    facts, rows = surroundings(), []
     for threads in args.threads:
         # Peaks are those since a process began.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             rows.append(process.submit(run, threads, args).result())
-    facts = surroundings()
     text = "\n".join(f"{name}: {value}  " for name, value in facts.items())
     text += "\n\n" + table(rows) + "\n"
     for row in rows:

@@ -100,6 +100,7 @@ class MemoryManager {
   // Throws Error (kOutOfMemory) where neither idle memory nor a wait for the device helps.
   Block Allocate(Purpose purpose, std::uint64_t bytes);
 
+  // Memory that is shared with others, counted until it is destroyed.
   class SharedMemory {
    public:
     SharedMemory(MemoryManager& manager, Sharing sharing, DeviceMemory memory);
