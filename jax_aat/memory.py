@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -193,21 +192,7 @@ def trim_memory(device: Device | int | None = None) -> int:
 
 def _devices(device: Device | int | None) -> Sequence[Device]:
     """The devices that an argument means; none without a native module."""
-    known = vulkan.devices()
-    if device is None:
-        return known
-    try:
-        index = device.index if isinstance(device, Device) else operator.index(device)
-    except TypeError:
-        raise TypeError(
-            f"device must be a jax_aat.Device, its index or None, not {device!r}"
-        ) from None
-    if not 0 <= index < len(known):
-        raise ValueError(
-            f"device must be one of the {len(known)} devices of jax_aat.devices(), counted from 0, "
-            f"not {index}"
-        )
-    return known[index : index + 1]
+    return vulkan.devices() if device is None else (vulkan.find_device(device),)
 
 
 def _sum(kind: type[_Statistics], parts: Sequence[Any]) -> _Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -228,6 +229,7 @@ def find_device(device: Device | int | None) -> Device:
 
     Raises:
       RuntimeError: Vulkan cannot be used.
+      TypeError: It is neither a device nor an index.
       ValueError: There is no such device.
     """
     if device is None:
@@ -235,10 +237,18 @@ def find_device(device: Device | int | None) -> Device:
         if default is None:
             raise RuntimeError(problem())
         return default
-    index = device.index if isinstance(device, Device) else device
+    try:
+        index = device.index if isinstance(device, Device) else operator.index(device)
+    except TypeError:
+        raise TypeError(
+            f"device must be a jax_aat.Device, its index or None, not {device!r}"
+        ) from None
     known = devices()
     if not 0 <= index < len(known):
-        raise ValueError(f"device: got index {index}, there are {len(known)} devices")
+        raise ValueError(
+            f"device must be one of the {len(known)} devices of jax_aat.devices(), counted from 0, "
+            f"not {index}"
+        )
     return known[index]
 
 

@@ -207,6 +207,21 @@ def test_summary_adds_up(qkv):
     assert [str(cell) for cell in table.columns[0].cells] == [s.name for s in summaries]
 
 
+def test_statistics_of_kernels(qkv):
+    """One for each kernel that ran where the driver tells any."""
+    attend(*qkv).block_until_ready()
+    with pytest.raises(ValueError, match="device must be one of"):
+        jax_aat.kernel_statistics(99)
+    found = jax_aat.kernel_statistics()
+    features = jax_aat.default_device().features
+    if not features["VK_KHR_pipeline_executable_properties"]:
+        assert found == ()
+        return
+    kernels = {each.kernel: each for each in found}
+    assert {"work_lists.f32", "attend_forward.f32"} <= kernels.keys()
+    assert kernels["attend_forward.f32"].values
+
+
 def test_json_has_everything(qkv, tmp_path):
     with profile() as prof:
         attend(*qkv).block_until_ready()
