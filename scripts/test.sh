@@ -25,7 +25,7 @@ mkdocs build --strict
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
 step tests under the Vulkan validation layers
-JAX_AAT_VALIDATION=1 pytest -q -n 2 --validated only
+JAX_AAT_VALIDATION=1 pytest -q -n auto --maxprocesses 8 --validated only
 
 step all other tests
-pytest -q -n 2 --validated without
+pytest -q -n auto --maxprocesses 8 --validated without

@@ -66,6 +66,13 @@ def validation_layers_are_silent():
         assert native.validation_messages() == []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module():
+    """Thousands of them would fill the memory, and no other module needs them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["xla", "vulkan"])
 def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
