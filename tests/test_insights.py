@@ -268,6 +268,15 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     assert jax_aat.ceilings() == again
 
 
+def test_ceilings_that_cannot_be_kept(tmp_path, monkeypatch):
+    from jax_aat import _native
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(_native, "cache_path", lambda: str(tmp_path / "file" / "x.pipelines"))
+    with pytest.warns(UserWarning, match=r"not kept on disk: .*file"):
+        assert jax_aat.ceilings().bandwidth > 0
+
+
 def test_ceilings_of_no_device():
     with pytest.raises(ValueError, match="not 99"):
         jax_aat.ceilings(99)
