@@ -126,7 +126,7 @@ def _kernels(profile: Profile, ceilings: Ceilings) -> Iterator[Insight]:
                 f"longest work list is {imbalance:.1f} times the mean: most of the device waits "
                 "for few tiles; a smaller query_tile or more heads in a call spread the work",
             )
-        elif not math.isnan(max(compute, memory)):
+        elif not (math.isnan(compute) or math.isnan(memory)):
             yield Insight(
                 "latency",
                 name,
@@ -192,7 +192,7 @@ def _nothing_saved(profile: Profile) -> Iterator[Insight]:
         calls = [
             call
             for call in profile.calls
-            if call.direction == direction and call.exact_pairs is not None
+            if call.direction == direction != "plan" and call.exact_pairs is not None
         ]
         left = sum((call.exact_pairs or 0) + (call.coarse_pairs or 0) for call in calls)
         pairs = sum(call.dense_pairs for call in calls)

@@ -82,7 +82,8 @@ class MemoryStatistics:
       total: All pools together. Its peaks are those of the sum, not the sum of the pools' peaks.
       pools: The pools by purpose: 'state' (scratch of calls), 'transfer' (operands brought to a
         device with memory of its own), 'parameters' (of kernels), 'staging' (the host's side of a
-        transfer), 'metrics' (results of timestamps).
+        transfer), 'metrics' (timestamps and counts of
+        work for profiles).
       host_imports: Host memory that calls use where it lies.
       cuda_imports: Allocations of CUDA, such as XLA's arena, that calls use where they lie. They
         stay imported as long as the context lives.

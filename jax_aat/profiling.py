@@ -278,8 +278,9 @@ def profile(*, by_kernel: bool = True) -> Iterator[Profile]:
     print(prof)
     ```
 
-    When the block ends, all arrays that live are waited for. Programs that XLA compiles for
-    implementation='xla' leave no trace here.
+    When the block ends, all arrays that live are waited for; calls whose results were dropped may
+    still be under way then, and are missed. Programs that XLA compiles for implementation='xla'
+    leave no trace here.
 
     Args:
       by_kernel: Whether to time each kernel, for which it waits for the one before it; else calls
@@ -301,6 +302,9 @@ def profile(*, by_kernel: bool = True) -> Iterator[Profile]:
     finally:
         calls = _native.stop_profile()
         profiled.seconds = time.monotonic() - profiled._origin
+        if profiled.device is not None:
+            # Its first call has probed what a device does not tell.
+            profiled.device = vulkan.devices()[profiled.device.index]
         profiled.calls = tuple(_call(call, profiled._origin) for call in calls)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +35,8 @@ class Ceilings:
 def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool = False) -> Ceilings:
     """Ceilings of a device; the first time they are measured, which takes about a second.
 
-    They are kept beside the compiled pipelines (`JAX_AAT_CACHE_DIR`), by device and driver.
+    They are kept beside the compiled pipelines (`JAX_AAT_CACHE_DIR`), by device and driver; where
+    that cannot be written, a warning says so.
 
     Args:
       device: One of `jax_aat.devices()`, itself or its index; None: the default one.
@@ -52,10 +55,13 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
 
     measured = cast(dict[str, float], _native.measure_ceilings(chosen.index))
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(measured))
-        part.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(measured))
+            part.replace(file)
+        except OSError as error:
+            warnings.warn(f"ceilings are not kept on disk: {error}", stacklevel=2)
     return _ceilings(chosen, measured)
 
 

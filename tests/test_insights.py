@@ -85,6 +85,15 @@ def test_neither(call):
     assert "20%" in insight.message
 
 
+def test_a_kernel_of_unknown_bytes(call):
+    """Of one that makes lists nobody can say whether memory limits it."""
+    (kernel,) = call.kernels
+    lists = dataclasses.replace(kernel, name="work_lists.f32", flops=0.0, bytes=math.nan)
+    both = dataclasses.replace(call, kernels=(kernel, lists))
+    found = insights(profile_of(timed(both, 2e-3, 2.1e-3)), HUGE)
+    assert [insight.subject for insight in found] == [kernel.name]
+
+
 def test_launch_of_kernels(call):
     short = timed(call, 10e-6, 11e-6)
     assert causes(profile_of(short, short), ceilings_at(short, 0.3, 0.2)) == {"launch"}
@@ -163,6 +172,8 @@ def test_nothing_saved(qkv):
         if i.cause == "nothing saved" and i.subject == "forward"
     )
     assert "adaptation=None" in insight.message
+    made = dataclasses.replace(everything.calls[-1], direction="plan")
+    assert "nothing saved" not in causes(profile_of(made))
     little = planned(qkv, Adaptation(threshold=1e9))
     left = little.calls[-1]
     assert left.exact_pairs + left.coarse_pairs < 0.8 * left.dense_pairs
@@ -255,6 +266,15 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     again = jax_aat.ceilings(measure_again=True)
     assert (again.bandwidth, again.matrix_flops["float32"]) == (3, 2)
     assert jax_aat.ceilings() == again
+
+
+def test_ceilings_that_cannot_be_kept(tmp_path, monkeypatch):
+    from jax_aat import _native
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(_native, "cache_path", lambda: str(tmp_path / "file" / "x.pipelines"))
+    with pytest.warns(UserWarning, match=r"not kept on disk: .*file"):
+        assert jax_aat.ceilings().bandwidth > 0
 
 
 def test_ceilings_of_no_device():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import jax_aat
-from jax_aat import Adaptation, plan_tiles, profile, tiled_attention
+from jax_aat import Adaptation, _native, plan_tiles, profile, tiled_attention
 
 B, T, N, K, H = 1, 192, 4, 2, 16
 
@@ -43,6 +45,20 @@ def test_a_dense_call(qkv):
     assert forward.bytes == 4 * (2 * B * T * N * H + 2 * B * T * K * H + B * T * N)
     assert call.exact_pairs is None
     assert call.most_rows is None
+
+
+def test_flops_of_tangents(qkv):
+    """Where values alone move there is no product of the change of the scores."""
+    q, k, v = qkv
+    for moved, tangents, products in (
+        (lambda v: attend(q, k, v), (v,), 2 + 2),
+        (lambda q, v: attend(q, k, v), (q, v), 2 + 2 + 2 + 2),
+    ):
+        with profile() as prof:
+            jax.block_until_ready(jax.jvp(moved, tangents, tangents))
+        kernel = prof.calls[-1].kernels[-1]
+        assert kernel.name == "attend_tangent.f32"
+        assert kernel.flops == products * H * B * N * T * T
 
 
 def test_times_lie_in_each_other(qkv):
@@ -95,6 +111,29 @@ def test_work_of_a_plan_is_counted(qkv):
     assert flops["attend_forward.f32"] == 4 * H * (exact + coarse)
     flops = [k.flops for k in backward.kernels if k.name == "attend_backward_dkv.f32"]
     assert flops == [8 * H * exact, 8 * H * coarse]
+
+
+def test_bytes_of_a_kernel_of_the_state(rng):
+    length = 256  # fewer keys have no state
+    q = jnp.asarray(rng.normal(size=(B, length, N, H)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, B, length, K, H)), jnp.float32)
+    plan = plan_tiles(q, k, v, Adaptation(budget=0.5), is_causal=True, implementation="xla")
+
+    def loss(k):
+        return attend(q, k, v, plan=plan, is_causal=True).sum()
+
+    with profile() as prof:
+        jax.block_until_ready(jax.grad(loss)(k))
+    (kernel,) = (
+        kernel
+        for call in prof.calls
+        for kernel in call.kernels
+        if kernel.name == "state_variance_gradient.f32"
+    )
+    level_pairs = 2 * 4 * B * length * N
+    state = 4 * K * ((H + 2) * H + 2 * H)
+    # The query, the level biases and the shares with their cotangents, the gradient of the state.
+    assert kernel.bytes == 4 * B * length * N * H + 4 * level_pairs + state
 
 
 def test_a_call_that_plans_counts_its_own_lists(qkv):
@@ -153,6 +192,28 @@ def test_an_error_ends_the_profile(qkv):
     assert jax_aat.last_dispatch().kernel_milliseconds is not None
     attend(*qkv).block_until_ready()
     assert jax_aat.last_dispatch().kernel_milliseconds is None
+
+
+def test_calls_before_and_after_a_lost_device(qkv):
+    attend(*qkv).block_until_ready()
+    with profile() as prof:
+        attend(*qkv).block_until_ready()
+        _native.mark_device_lost()
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="was lost"):
+            attend(*qkv).block_until_ready()
+        attend(*qkv).block_until_ready()
+    assert len(prof.calls) == 2
+    assert all(call.seconds > 0 for call in prof.calls)
+
+
+def test_the_device_is_told_as_its_calls_found_it(qkv, monkeypatch):
+    """What was probed by the first call is no part of the device before."""
+    device = jax_aat.default_device()
+    unprobed = dataclasses.replace(device, traits=MappingProxyType({}))
+    monkeypatch.setattr(jax_aat.vulkan, "default_device", lambda: unprobed)
+    with profile() as prof:
+        attend(*qkv).block_until_ready()
+    assert prof.device == device
 
 
 def test_timing_is_left_as_it_was(qkv):

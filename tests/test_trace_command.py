@@ -79,11 +79,49 @@ def test_an_exception_of_the_script_is_its_own(script, tmp_path):
         pass
 
 
+def test_a_script_that_changes_the_folder(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    script.write_text("import os\nos.chdir('other')")
+    assert main(["trace", str(script)]) == 0
+    assert (tmp_path / "trace.json").is_file()
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
+def test_results_that_the_script_leaves_unfinished(script, tmp_path, end):
+    (tmp_path / "helper.py").write_text(
+        """
+import jax
+import jax_aat
+
+
+@jax.jit
+def step(x):
+    x = jax.numpy.einsum("btnh,bsnh,bsng->btng", x, x, x)  # JAX runs short programs at once
+    return jax_aat.tiled_attention(x, x, x, implementation="vulkan")
+
+
+def start():
+    return jax.random.normal(jax.random.key(0), (1, 512, 4, 32))
+"""
+    )
+    script.write_text(f"import helper\nx = helper.step(helper.step(helper.start()))\n{end}")
+    calls = tmp_path / "calls.json"
+    options = ["--output", str(tmp_path / "trace.json"), "--json", str(calls)]
+    assert main(["trace", *options, str(script)]) == 0
+    assert len(json.loads(calls.read_text())["calls"]) == 2
+
+
 def test_what_cannot_be_used(script, tmp_path, capsys, monkeypatch):
     assert main(["trace", str(tmp_path / "none.py")]) == 1
     assert "none.py: there is no such file" in capsys.readouterr().err
     assert main(["trace", "--output", str(tmp_path), str(script), "0", "xla"]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+    ran = tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w')")
+    assert main(["trace", "--json", str(tmp_path / "none" / "calls.json"), str(script)]) == 1
+    assert "none: there is no such directory" in capsys.readouterr().err
+    assert not ran.exists()
     monkeypatch.setenv("JAX_AAT_DISABLE", "1")
     assert main(["trace", str(script), "0", "xla"]) == 1
     assert "JAX_AAT_DISABLE" in capsys.readouterr().err

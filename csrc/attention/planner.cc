@@ -94,8 +94,10 @@ class Planner {
   bool Has(std::uint32_t feature) const { return builder_.Has(feature); }
 
   void PlanTangent() {
-    const double products =
-        4 + (Has(FEATURE_DQ) ? 2 : 0) + (Has(FEATURE_DK) ? 2 : 0) + (Has(FEATURE_DV) ? 2 : 0);
+    const bool moves_scores =
+        Has(FEATURE_DQ | FEATURE_DK | FEATURE_DBIAS | FEATURE_DCOARSE_K | FEATURE_DLEVEL_BIAS);
+    const double products = 2 + (moves_scores ? 2 : 0) + (Has(FEATURE_DQ) ? 2 : 0) +
+                            (Has(FEATURE_DK) ? 2 : 0) + (Has(FEATURE_DV) ? 2 : 0);
     PlanQueryKernel(Kernel::kTangent,
                     kScoreFeatures | FEATURE_DQ | FEATURE_DK | FEATURE_DV | FEATURE_DBIAS |
                         FEATURE_DCOARSE_K | FEATURE_DCOARSE_V | FEATURE_DLEVEL_BIAS,

@@ -18,22 +18,37 @@ struct Entry {
   std::vector<std::uint64_t> ticks;
 };
 
+// Whether the device was lost and some caller was told: nothing more will come of it, and the
+// calls that follow on a new context are not to fail for that.
+bool Gone(const Context& context) { return context.device().loss_reported(); }
+
+bool Gone(const DispatchRecord& record) {
+  return (record.timestamps != nullptr && Gone(*record.timestamps->context())) ||
+         (record.work != nullptr && Gone(*record.work->context()));
+}
+
+bool Ready(const DispatchRecord& record) {
+  return (record.timestamps == nullptr || record.timestamps->Ready()) &&
+         (record.work == nullptr || record.work->Ready());
+}
+
 struct Profile {
   Timing timing_before = Timing::kOff;
-  std::int64_t started = HostNow();
+  std::int64_t started = 0;
   std::deque<DispatchRecord> pending;  // oldest first
   std::vector<Entry> entries;
   std::map<std::shared_ptr<Context>, ClockSample> clocks;
 
   void Take(DispatchRecord record) {
     Entry entry;
-    if (record.timestamps != nullptr) {
+    const bool measured = !Gone(record);
+    if (measured && record.timestamps != nullptr) {
       entry.context = record.timestamps->context();
       entry.ticks = record.timestamps->Ticks();
       if (!clocks.contains(entry.context))
         clocks.emplace(entry.context, SampleClocks(*entry.context));
     }
-    if (record.work != nullptr) entry.call.work = record.work->Sum();
+    if (measured && record.work != nullptr) entry.call.work = record.work->Sum();
     // Their memory serves later calls.
     record.timestamps = nullptr;
     record.work = nullptr;
@@ -54,6 +69,8 @@ void StartProfile(bool by_kernel) {
   profile.emplace();
   profile->timing_before = SetTiming(by_kernel ? Timing::kByKernel : Timing::kByCall);
   profiling = true;
+  // Calls that come from now on are measured.
+  profile->started = HostNow();
 }
 
 bool Profiling() { return profiling; }
@@ -65,9 +82,7 @@ void AddToProfile(DispatchRecord record) {
   if (!profile || record.arrived < profile->started) return;
   profile->pending.push_back(std::move(record));
   while (!profile->pending.empty()) {
-    const DispatchRecord& front = profile->pending.front();
-    if (front.timestamps != nullptr && !front.timestamps->Ready()) break;
-    if (front.work != nullptr && !front.work->Ready()) break;
+    if (!Gone(profile->pending.front()) && !Ready(profile->pending.front())) break;
     DispatchRecord oldest = std::move(profile->pending.front());
     profile->pending.pop_front();
     profile->Take(std::move(oldest));
@@ -78,6 +93,7 @@ void ForgetProfile() {
   std::optional<Profile> forgotten;
   const std::lock_guard lock(mutex);
   profiling = false;
+  if (profile) SetTiming(profile->timing_before);
   profile.swap(forgotten);
 }
 
@@ -98,7 +114,8 @@ std::vector<ProfiledCall> StopProfile() {
   }
   std::map<std::shared_ptr<Context>, ClockMap> maps;
   for (const auto& [context, sample] : ended->clocks) {
-    maps.emplace(context, ClockMap(context->device().physical(), sample, SampleClocks(*context)));
+    const ClockSample last = Gone(*context) ? sample : SampleClocks(*context);
+    maps.emplace(context, ClockMap(context->device().physical(), sample, last));
   }
   for (Entry& entry : ended->entries) {
     if (entry.context != nullptr) {

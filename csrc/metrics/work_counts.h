@@ -27,6 +27,7 @@ class WorkCounts {
 
   VkDeviceAddress address() const { return block_.address(); }
   void Submitted(const TimelinePoint& done) { done_ = done; }
+  const std::shared_ptr<Context>& context() const { return context_; }
   // Whether the device has written them.
   bool Ready() const { return context_->device().Reached(done_); }
   // Waits for the device.

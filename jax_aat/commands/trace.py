@@ -52,12 +52,15 @@ def run(options: argparse.Namespace) -> int:
         raise terminal.UnusableError(problem)
     if not options.script.is_file():
         raise terminal.UnusableError(f"{options.script}: there is no such file")
+    # Before the script runs, which may take long and change the folder.
+    output = _writable(options.output)
+    calls = None if options.json is None else _writable(options.json)
     with profile(by_kernel=not options.by_call) as profiled:
-        code = _run_script(options.script, options.arguments)
+        code, _globals = _run_script(options.script, options.arguments)
     try:
-        profiled.to_trace(options.output)
-        if options.json is not None:
-            profiled.to_json(options.json)
+        profiled.to_trace(output)
+        if calls is not None:
+            profiled.to_json(calls)
     except OSError as error:
         raise terminal.UnusableError(f"{error.filename}: {error.strerror}") from error
     _tell(console, profiled)
@@ -74,18 +77,30 @@ def _tell(console: Any, profiled: Profile) -> None:
         console.print(str(insight), markup=False)
 
 
-def _run_script(script: Path, arguments: list[str]) -> int:
-    """Runs it as `python script arguments` would; returns its exit code."""
+def _writable(file: Path) -> Path:
+    """The absolute path of a file that is to be written."""
+    if file.is_dir():
+        raise terminal.UnusableError(f"{file}: is a directory")
+    if not file.absolute().parent.is_dir():
+        raise terminal.UnusableError(f"{file.parent}: there is no such directory")
+    return file.absolute()
+
+
+def _run_script(script: Path, arguments: list[str]) -> tuple[int, object]:
+    """Runs it as `python script arguments` would.
+
+    Returns:
+      Its exit code, and what keeps its global variables: arrays among them may still be computed.
+    """
     argv, path = sys.argv, sys.path[:]
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        return terminal.GOOD, runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
-            return end.code or terminal.GOOD
+            return end.code or terminal.GOOD, end
         print(end.code, file=sys.stderr)
-        return terminal.BAD
+        return terminal.BAD, end
     finally:
         sys.argv, sys.path[:] = argv, path
-    return terminal.GOOD
