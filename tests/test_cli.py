@@ -176,7 +176,8 @@ def test_bench_takes_turns_and_goes_on_without_what_fails() -> None:
 def test_bench_fails_where_vulkan_cannot_be_used(monkeypatch, capsys) -> None:
     monkeypatch.setenv("JAX_AAT_DISABLE", "1")
     monkeypatch.setattr(bench, "_relative_flops", lambda *_: 0.5)
-    arguments = "--queries 8 --keys 8 --head-dim 4 --budget 1 --repeats 1".split()
+    sizes = {"queries": 8, "keys": 8, "head-dim": 4, "budget": 1, "repeats": 1}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
     assert main(["bench", *arguments]) == 1
     printed = capsys.readouterr().out
     assert printed.count("failed: RuntimeError: implementation='vulkan' cannot be used") == 2

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         "relative_flops": relative_flops,
         "contenders": rows,
     }
-    console.print(_heading(figures), soft_wrap=True, markup=False)
+    console.print(_heading(figures), soft_wrap=True)
     console.print(_table(rows))
     console.print(
         f"FLOPs of adaptive attention, by its report: {relative_flops:.1%} of those of exact "
