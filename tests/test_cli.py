@@ -244,6 +244,20 @@ def test_a_map_joins_what_does_not_fit(plan) -> None:
     assert lines[0] == "      0 |##"
     assert lines[1] == "     16 | ."
     assert lines[7] == "    112 |.#"
+    lines = list(text_map(drawn, 2, width=9 + 1))[1:]
+    assert [lines[i] for i in (0, 1, 7)] == ["      0 |#", "     16 |", "    112 |+"]
+
+
+def test_show_tells_what_is_left_out(tmp_path, capsys) -> None:
+    generator = np.random.default_rng(0)
+    q = normal(generator, 1, 64, 1, 8)
+    adaptation = jax_aat.Adaptation(threshold=1e9, levels=(0,), query_tile=16)
+    plan = jax_aat.plan_tiles(q, q, q, adaptation, is_causal=True, implementation="xla")
+    plan.save(tmp_path / "plan")
+    assert main(["show", str(tmp_path / "plan")]) == 0
+    # Of 10 granules that tiles see the 4 on the diagonal are exact: 4 x 136 of 2,080 pairs.
+    printed = capsys.readouterr().out
+    assert re.search(r"0 +40.0% +0.0% +0.0% +60.0% +26.2%", printed)
 
 
 def test_the_demonstration_is_a_plan_of_all_levels(capsys) -> None:
