@@ -134,6 +134,13 @@ def test_vulkan_that_cannot_be_used(monkeypatch, capsys):
     assert not printed.out
 
 
+def test_a_device_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(selftest.vulkan, "devices", tuple)
+    monkeypatch.setattr(selftest.vulkan, "problem", lambda: "No Vulkan driver was found.")
+    assert main(["selftest", "--device", "0"]) == 1
+    assert "Vulkan cannot be used: No Vulkan driver was found." in capsys.readouterr().err
+
+
 def test_devices_by_index_and_by_a_part_of_the_name(monkeypatch, capsys):
     device = jax_aat.default_device()
     for wanted in (str(device.index), device.name[1:6].upper()):

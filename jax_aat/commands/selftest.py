@@ -421,7 +421,7 @@ def _device(wanted: str | None) -> vulkan.Device:
       UsageError: There is none of that index or name.
       UnusableError: Calls cannot run on it; says why.
     """
-    if wanted is not None:
+    if wanted is not None and vulkan.devices():
         found = _find(wanted)
         try:
             vulkan.set_default_device(found)
@@ -453,7 +453,7 @@ def _find(wanted: str) -> vulkan.Device:
         named = wanted.lower() in device.name.lower()
         if wanted == str(device.index) if wanted.isdecimal() else named:
             return device
-    known = ", ".join(f"{device.index}: {device.name}" for device in devices) or "there are none"
+    known = ", ".join(f"{device.index}: {device.name}" for device in devices)
     raise terminal.UsageError(
         f"--device: got {wanted!r}, expected the index or a part of the name of a device ({known})"
     )
