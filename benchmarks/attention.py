@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -28,9 +26,9 @@ from typing import Any
 
 import numpy as np
 from contenders import CONTENDERS
+from surroundings import surroundings
 from tabulate import tabulate
 
-from jax_aat.commands.bench import surroundings
 from jax_aat.commands.contenders import Case, Pass, errors, reference
 
 FOLDER = Path(__file__).parent
@@ -101,21 +99,6 @@ def run_row(
     return row
 
 
-def facts_of_run() -> dict[str, Any]:
-    """Returns what the figures depend on: commit, command, devices, versions."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
-        "command": shlex.join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
-        **surroundings(),
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Draws the rows, in markdown."""
 
@@ -129,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         line = [row["keys"], row["head_dim"], "yes" if row["causal"] else "no", row["pass"]]
         line.append(row["contender"])
         if "failed" in row:
-            line += [""] * 5 + [f"failed: {row['failed']}"]
+            line += [""] * 5 + [f"failed: `{row['failed']}`"]
         else:
             line += [figure(row[name], ".3f") for name in ("latency", "pipelined", "kernel")]
             line += [figure(row["tflops"], ".4g"), figure(max(row["errors"].values()), ".2e")]
@@ -149,7 +132,7 @@ def write(stem: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Runs every case and returns 1 if jax_aat failed in any."""
     args = parse_arguments()
-    facts, rows = facts_of_run(), []
+    facts, rows = surroundings(), []
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"attention-{facts['date'].replace(':', '')[:15]}"
     cases = itertools.product(args.lengths, args.head_dims, [False, True])

@@ -187,7 +187,11 @@ def main() -> None:
             else:
                 defines = {"DTYPE": DTYPES[dtype]}
                 text = flatten(arguments.shaders / f"{source}.comp", arguments.shaders, defines)
-                compiler(text, module)
+                # Most changes are of few modules.
+                flat = module.with_suffix(".glsl")
+                if not (module.exists() and flat.exists() and flat.read_text() == text):
+                    compiler(text, module)
+                    flat.write_text(text)
             modules.append(module)
     if arguments.embed:
         embed(modules, arguments.embed)

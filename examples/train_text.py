@@ -21,7 +21,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from text_data import Text, byte_frequency_loss, load_text, random_windows, spread_windows
 from text_model import LanguageModel
 from tqdm import tqdm
 
 import jax_aat
+from jax_aat import TilePlan, plot
+from jax_aat.levels import Grid
 
 HELD_OUT_BATCHES = 8
 
@@ -205,7 +206,7 @@ def train(args: argparse.Namespace, text: Text) -> tuple[History, Trainer]:
     return history, trainer
 
 
-def plot(history: History, baseline: float, path: Path) -> None:
+def draw_losses(history: History, baseline: float, path: Path) -> None:
     """Draws the loss curve beside the loss of byte frequencies."""
     figure = Figure(layout="constrained")
     axes = figure.subplots()
@@ -220,19 +221,16 @@ def plot(history: History, baseline: float, path: Path) -> None:
 def show_adaptation(args: argparse.Namespace, trainer: Trainer) -> None:
     """Prints the report of every layer's last call and draws the levels of its first heads."""
     layers = sorted(trainer.state["resolution"])
-    figure = Figure(figsize=(4 * len(layers), 4), layout="constrained")
-    axes = figure.subplots(1, len(layers), squeeze=False)[0]
-    for ax, layer in zip(axes, layers, strict=True):
+    figure = Figure(figsize=(4 * len(layers), 4.6), layout="constrained")
+    grid = Grid(args.context, args.context, args.heads, args.kv_heads, args.adaptation.query_tile)
+    unfilled = TilePlan.unfilled(grid, args.adaptation, True, (-1, -1), args.batch)
+    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         if layer in trainer.reports:
             print(f"{layer}\n{trainer.reports[layer]['report'][0]}")
-        words = np.asarray(trainer.state["resolution"][layer]["state"].levels)[0, 0]
-        level = (words[..., None] >> (2 * np.arange(16, dtype=np.uint32))) & 3
-        level = level.reshape(len(words), -1)[:, : math.ceil(args.context / 16)]
-        colours = ListedColormap(["black", "tab:orange", "tab:cyan", "white"])
-        picture = ax.imshow(level, cmap=colours, vmin=-0.5, vmax=3.5, aspect="auto")
-        ax.set(xlabel="granule of 16 keys", ylabel="tile of queries", title=layer)
-    bar = figure.colorbar(picture, ax=axes, ticks=range(4))
-    bar.ax.set_yticklabels(["exact", "mean", "super-tile", "not seen"])
+        # The state keeps the levels of the last call, which is all of its plan that is drawn.
+        levels = trainer.state["resolution"][layer]["state"].levels
+        plot.resolution_map(replace(unfilled, levels=levels), heads=[0], axes=axes)
+        axes.set_title(f"{layer}, {axes.get_title()}", fontsize="small")
     figure.savefig(args.output / "resolution.png", dpi=150)
     print(f"resolution {args.output / 'resolution.png'}")
 
@@ -248,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     for name, nats in (("model", history.held_out[-1][1]), ("byte frequencies", baseline)):
         print(f"held-out loss of {name}: {nats:.3f} nats, {nats / math.log(2):.3f} bits a byte")
     (args.output / "history.json").write_text(json.dumps(vars(history), indent=1))
-    plot(history, baseline, args.output / "loss.png")
+    draw_losses(history, baseline, args.output / "loss.png")
     print(f"loss curve {args.output / 'loss.png'}")
     if args.adaptation is not None:
         show_adaptation(args, trainer)

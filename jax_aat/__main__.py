@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_aat.commands import bench, info, selftest, show
+from jax_aat.commands import bench, info, selftest, show, trace
 from jax_aat.commands.terminal import BAD, EXIT_CODES, PROGRAM, UnusableError, UsageError
 
-COMMANDS = (info, selftest, bench, show)
+COMMANDS = (info, selftest, bench, trace, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ Functions raise RuntimeError, in words, where Vulkan cannot be used or the devic
 ValueError where an argument or an environment variable cannot be right.
 """
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 class Traits(TypedDict):
@@ -54,23 +55,73 @@ Dispatch = TypedDict(
     },
 )
 
+# What a profile tells of a call; `stamps` are seconds of the host's monotonic clock, the start and
+# the end of each kernel, or of the call. Pairs and rows are None where there is no plan.
+ProfiledCall = TypedDict(
+    "ProfiledCall",
+    {
+        "sequence": int,
+        "pass": str,
+        "path": str,
+        "platform": str,
+        "device": str,
+        "shaders": list[str],
+        "flops": list[float],
+        "bytes": list[float],
+        "imported_bytes": int,
+        "staged_bytes": int,
+        "scratch_bytes": int,
+        "dtype": str,
+        "batch": int,
+        "queries": int,
+        "keys": int,
+        "query_heads": int,
+        "kv_heads": int,
+        "head_dim": int,
+        "causal": bool,
+        "queue": int,
+        "thread": int,
+        "arrived": float,
+        "submitted": float,
+        "ended": float,
+        "stamps": list[float],
+        "exact_pairs": float | None,
+        "coarse_pairs": float | None,
+        "most_rows": int | None,
+    },
+)
+
 class PoolStatistics(TypedDict):
-    """Memory of one pool, or of all of them."""
+    """Memory of one pool, or of all of them; `jax_aat.PoolStatistics` says what is what."""
 
     reserved_bytes: int
     in_use_bytes: int
-    blocks: int
-    allocations: int
-
-class MemoryStatistics(PoolStatistics):
-    """Memory of all pools, and of host memory that calls used in place."""
-
     peak_reserved_bytes: int
     peak_in_use_bytes: int
-    limit_bytes: int
-    imports: int
-    live_imports: int
+    largest_free_bytes: int
+    blocks: int
+    allocations: int
+    total_allocations: int
+
+class SharedStatistics(TypedDict):
+    """Memory that is shared with others."""
+
+    live: int
+    live_bytes: int
+    total: int
+
+class MemoryStatistics(TypedDict):
+    """Memory of a device; `jax_aat.MemoryStatistics` says what is what."""
+
+    total: PoolStatistics
     pools: dict[str, PoolStatistics]
+    host_imports: SharedStatistics
+    cuda_imports: SharedStatistics
+    cuda_exports: SharedStatistics
+    limit_bytes: int
+    heap_bytes: int
+    heap_budget_bytes: int | None
+    heap_usage_bytes: int | None
 
 def registrations(platform: str) -> dict[str, object]:
     """The custom calls of a JAX platform, capsules by target name."""
@@ -99,14 +150,61 @@ class Plan(TypedDict):
 def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan:
     """The plan of a device for plain calls of a pass, 'forward', 'tangent' or 'backward'."""
 
+def scratch_bytes(
+    device: int,
+    pass_name: str,
+    dtype: str,
+    sizes: Sequence[int],
+    causal: bool = False,
+    query_tile: int = 0,
+    level_count: int = 0,
+    candidate_share: float = 0.0,
+    judged_super_tiles: int = 0,
+    corrects: bool = False,
+) -> int:
+    """Memory that a plain call takes besides operands and results.
+
+    Args:
+      device: Index.
+      pass_name: As of `example_plan`.
+      dtype: Likewise.
+      sizes: Batch entries, queries, keys, query heads, key/value heads, head_dim.
+      causal: Whether it is.
+      query_tile: Rows of a query tile of its plan, which the forward pass makes; 0: it has none.
+      level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
+      candidate_share: See there.
+      judged_super_tiles: See there.
+      corrects: See there.
+    """
+
 def set_timing(enabled: bool, by_kernel: bool = True) -> None:
     """Times the kernels of later calls, or the calls as a whole, or no longer."""
 
-def memory_stats() -> MemoryStatistics:
-    """Memory that the default device's context holds; zeros before the first call."""
+def start_profile(by_kernel: bool) -> None:
+    """Measures all calls from now on; RuntimeError where a profile is being taken."""
 
-def trim_memory() -> int:
-    """Gives idle memory of the default device back; returns the number of bytes."""
+def stop_profile() -> list[ProfiledCall]:
+    """What was measured; waits for the device. RuntimeError where no profile is being taken."""
+
+class Ceilings(TypedDict):
+    """FLOP/s, and bytes a second; 0 where the device has no such units."""
+
+    bandwidth: float
+    products: float
+    float16_matrices: float
+    bfloat16_matrices: float
+
+def measure_ceilings(device: int) -> Ceilings:
+    """What the device can do at most, by short runs; RuntimeError where it has no timestamps."""
+
+def kernel_statistics(device: int) -> list[tuple[str, list[int], dict[str, float]]]:
+    """Shader, specialisation and the driver's statistics of each pipeline so far."""
+
+def memory_stats(device: int) -> MemoryStatistics | None:
+    """Memory that a device's context holds; None where no call made one yet."""
+
+def trim_memory(device: int) -> int:
+    """Gives idle memory of a device back; returns the number of bytes."""
 
 def validation_messages() -> list[str]:
     """What the validation layers said so far (`JAX_AAT_VALIDATION=1`)."""

@@ -96,14 +96,13 @@ def tiled_attention(
     return_report: bool | Literal["certified"] = False,
     return_residual: bool = False,
 ) -> Any:
-    r"""Softmax attention, tile by tile: memory is linear in the lengths.
+    """Softmax attention, tile by tile: memory is linear in the lengths.
 
     A drop-in for `jax.nn.dot_product_attention`, with segment ids and a soft cap besides. With
     B the batch size, T and S the numbers of queries and keys, N query heads, K key/value heads and
     H the size of a head,
 
-    .. math::
-      \mathrm{out} = \mathrm{softmax}(\mathrm{cap}(\mathrm{scale}\, Q K^T) + \mathrm{bias}) V
+        out = softmax(cap(scale * query key^T) + bias) value
 
     over the keys that a query sees: those that the mask, causality, the window, the lengths and the
     segments all allow. Differentiable any number of times, in both modes, in query, key, value and

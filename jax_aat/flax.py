@@ -18,7 +18,7 @@ What differs from the functions of Flax:
 With ``adaptation`` attention is adaptive:
 ``partial(linen_attention, is_causal=True, adaptation=Adaptation(budget=0.25))``. Say causality by
 ``is_causal`` rather than by a mask: a mask has to be looked at key by key, and the state's
-correction of `docs/adaptation.md` is left out beside one. Calls of fewer than 16 queries, so the
+correction of `docs/router.md` is left out beside one. Calls of fewer than 16 queries, so the
 steps of decoding, are exact: to choose their levels would cost more than it saves.
 
 Flax itself is not imported here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def set_default_device(device: Device | int) -> None:
       RuntimeError: There is no native module, or the device lacks something.
       ValueError: There is no device of this index.
     """
-    _require_native()
+    require_native()
     _native.set_default_device(device.index if isinstance(device, Device) else device)
 
 
@@ -185,8 +186,70 @@ def set_timing(enabled: bool, *, by_kernel: bool = True) -> None:
     Raises:
       RuntimeError: There is no native module.
     """
-    _require_native()
+    require_native()
     _native.set_timing(enabled, by_kernel)
+
+
+@dataclass(frozen=True)
+class KernelStatistics:
+    """What the driver's compiler tells of a kernel.
+
+    Attributes:
+      kernel: Shader module.
+      specialization: Its constants, by index (shaders/common/specialization.glsl).
+      values: By the driver's own names: registers, shared memory, spills and the like.
+    """
+
+    kernel: str
+    specialization: tuple[int, ...]
+    values: Mapping[str, float]
+
+
+def kernel_statistics(device: Device | int | None = None) -> tuple[KernelStatistics, ...]:
+    """Statistics of all kernels that this process has run on a device.
+
+    Each is compiled once more, as drivers keep none otherwise. Empty where the device lacks
+    VK_KHR_pipeline_executable_properties or ran nothing.
+
+    Args:
+      device: One of `devices`, itself or its index; None: the default one.
+
+    Raises:
+      RuntimeError: Vulkan cannot be used.
+      ValueError: There is no such device.
+    """
+    return tuple(
+        KernelStatistics(kernel, tuple(specialization), MappingProxyType(values))
+        for kernel, specialization, values in _native.kernel_statistics(find_device(device).index)
+    )
+
+
+def find_device(device: Device | int | None) -> Device:
+    """The device that is meant; None: the default one.
+
+    Raises:
+      RuntimeError: Vulkan cannot be used.
+      TypeError: It is neither a device nor an index.
+      ValueError: There is no such device.
+    """
+    if device is None:
+        default = default_device()
+        if default is None:
+            raise RuntimeError(problem())
+        return default
+    try:
+        index = device.index if isinstance(device, Device) else operator.index(device)
+    except TypeError:
+        raise TypeError(
+            f"device must be a jax_aat.Device, its index or None, not {device!r}"
+        ) from None
+    known = devices()
+    if not 0 <= index < len(known):
+        raise ValueError(
+            f"device must be one of the {len(known)} devices of jax_aat.devices(), counted from 0, "
+            f"not {index}"
+        )
+    return known[index]
 
 
 def problem() -> str:
@@ -196,7 +259,8 @@ def problem() -> str:
     return _NO_NATIVE or _native.problem()
 
 
-def _require_native() -> None:
+def require_native() -> None:
+    """Raises RuntimeError, in words, where there is no native module."""
     if _NO_NATIVE:
         raise RuntimeError(_NO_NATIVE)
 

@@ -34,7 +34,7 @@ if [ ! -e "$stamp" ] ||
   [ -n "$(find csrc shaders cmake CMakeLists.txt pyproject.toml -newer "$stamp" -print -quit)" ]; then
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   touch .venv/started
-  .venv/bin/python -m pip install --quiet --editable '.[test,examples]'
+  .venv/bin/python -m pip install --quiet --editable '.[test,examples,docs]'
   mv .venv/started "$stamp"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs every check: style, types, example, validation layers, tests.
+# Installs what is missing, then runs every check: style, types, example, documentation, validation layers, tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -18,17 +18,14 @@ step example, in a tiny size
 python examples/train_text.py --layers 1 --width 32 --context 32 --batch 2 \
   --steps 4 --save-every 2 --output build/example
 
+step documentation
+mkdocs build --strict
+
 # The tests' time goes to what XLA compiles, most of it run once.
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 
-step kernels and API under the Vulkan validation layers
-# Every shader, in some of the cases of those that plan.
-JAX_AAT_VALIDATION=1 pytest -q -n 2 -k "not xla" \
-  tests/test_attention.py tests/test_kernels.py tests/test_plan_vulkan.py tests/test_runtime.py \
-  tests/test_router_vulkan.py::test_stages_and_levels \
-  tests/test_router_vulkan.py::test_foremost_super_tiles \
-  "tests/test_state_vulkan.py::test_gradients[causal]" \
-  "tests/test_state_vulkan.py::test_gradients[lengths]"
+step tests under the Vulkan validation layers
+JAX_AAT_VALIDATION=1 pytest -q -n auto --maxprocesses 8 --validated only
 
-step tests
-pytest -q -n 2
+step all other tests
+pytest -q -n auto --maxprocesses 8 --validated without

@@ -1,4 +1,4 @@
-"""The training example, run as a newcomer runs it, in a tiny size."""
+"""The examples, run as a newcomer runs them, in a tiny size."""
 
 from __future__ import annotations
 
@@ -92,3 +92,20 @@ def test_an_adaptation_that_means_nothing_is_refused_in_words() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "'speed' is not budget, tolerance or threshold" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("adaptive_attention", ["--length=1024", "--steps=4"], r"^call 3: error 0\.0\d+, \d+"),
+        ("long_context", ["--length=2048"], r"^needle at 608: read exactly by 2 of 2 last tiles"),
+    ],
+)
+def test_notebooks_run_and_hold_what_they_assert(name: str, flags: list[str], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE.with_name(f"{name}.py")), *flags],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(says, done.stdout, re.MULTILINE)

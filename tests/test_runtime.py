@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_aat
 from jax_aat import _native, vulkan
 
 ATTRIBUTES = {
@@ -38,6 +39,7 @@ CALL_FAILURES = (jax.errors.JaxRuntimeError, ValueError)
 PROLOGUE = """
 import jax
 jax.config.update("jax_platforms", "cpu")
+import jax_aat
 from test_runtime import CALL_FAILURES, _native, attend, inputs
 """
 
@@ -145,7 +147,7 @@ def test_host_memory_is_used_in_place_on_a_cpu_device():
     attend(*inputs())[0].block_until_ready()
     in_place = device["kind"] == "cpu" and device["features"]["VK_EXT_external_memory_host"]
     assert (_native.last_dispatch()["staged_bytes"] == 0) == in_place
-    assert _native.memory_stats()["live_imports"] == 0
+    assert jax_aat.memory_stats().host_imports.live == 0
 
 
 def test_operands_may_be_the_same_array():
@@ -182,18 +184,17 @@ def test_timing_of_a_call_as_a_whole():
 def test_memory_is_reused_and_trimmed():
     arrays = inputs()
     attend(*arrays)[0].block_until_ready()
-    first = _native.memory_stats()
-    assert first["in_use_bytes"] == 0
-    assert first["blocks"] == 0
-    assert 0 < first["reserved_bytes"] <= first["peak_reserved_bytes"] <= first["limit_bytes"]
-    assert first["peak_in_use_bytes"] > 0
-    assert first["allocations"] == sum(pool["allocations"] for pool in first["pools"].values())
+    first = jax_aat.memory_stats()
+    assert first.total.in_use_bytes == first.total.blocks == 0
+    held = first.total.reserved_bytes
+    assert 0 < held <= first.total.peak_reserved_bytes <= first.limit_bytes
+    assert first.total.peak_in_use_bytes > 0
     attend(*arrays)[0].block_until_ready()
-    assert _native.memory_stats()["reserved_bytes"] == first["reserved_bytes"]
-    assert _native.trim_memory() == first["reserved_bytes"]
-    assert _native.memory_stats()["reserved_bytes"] == 0
+    assert jax_aat.memory_stats().total.reserved_bytes == held
+    assert jax_aat.trim_memory() == held
+    assert jax_aat.memory_stats().total.reserved_bytes == 0
     assert_right(arrays, attend(*arrays)[0])
-    assert _native.memory_stats()["reserved_bytes"] > 0
+    assert jax_aat.memory_stats().total.reserved_bytes > 0
 
 
 def test_memory_limit_is_an_error_that_the_next_call_survives():
@@ -204,9 +205,9 @@ def test_memory_limit_is_an_error_that_the_next_call_survives():
             attend(*inputs(length=4096, heads=1, head_dim=8))[0].block_until_ready()
         assert "JAX_AAT_MEMORY_LIMIT" in str(error.value)
         attend(*inputs(length=8, heads=1, head_dim=8))[0].block_until_ready()
-        statistics = _native.memory_stats()
-        assert statistics["limit_bytes"] == 16384
-        assert 0 < statistics["peak_reserved_bytes"] <= 16384
+        statistics = jax_aat.memory_stats()
+        assert statistics.limit_bytes == 16384
+        assert 0 < statistics.total.peak_reserved_bytes <= 16384
     """
     assert_succeeds(run_python(code, JAX_AAT_MEMORY_LIMIT="16384"))
 
@@ -268,7 +269,7 @@ def test_a_thousand_concurrent_calls():
 
     with ThreadPoolExecutor(16) as threads:
         assert all(threads.map(run, range(1000)))
-    assert _native.memory_stats()["blocks"] == 0
+    assert jax_aat.memory_stats().total.blocks == 0
 
 
 def test_memory_does_not_grow_over_ten_thousand_calls():
@@ -280,13 +281,13 @@ def test_memory_does_not_grow_over_ten_thousand_calls():
         out.block_until_ready()
 
     run(100)
-    before = _native.memory_stats()
+    before = jax_aat.memory_stats().total
     run(10_000)
-    after = _native.memory_stats()
-    assert after["reserved_bytes"] == before["reserved_bytes"]
-    assert after["allocations"] == before["allocations"]
-    assert after["in_use_bytes"] == 0
-    assert after["live_imports"] == 0
+    after = jax_aat.memory_stats()
+    assert after.total.reserved_bytes == before.reserved_bytes
+    assert after.total.total_allocations == before.total_allocations
+    assert after.total.in_use_bytes == 0
+    assert after.host_imports.live == 0
 
 
 def test_pipeline_cache_is_written_used_and_survives_damage(tmp_path):
@@ -399,7 +400,7 @@ def test_validation_layers_are_silent():
         _native.set_timing(True)
         for length in (1, 40, 100):
             attend(*inputs(length=length))[0].block_until_ready()
-        _native.trim_memory()
+        jax_aat.trim_memory()
         _native.mark_device_lost()
         try:
             attend(*inputs())[0].block_until_ready()

@@ -20,6 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from jax_aat import plot
+
 Rows = list[dict[str, Any]]
 _RESAMPLES = 4000
 _AIM = 1 / 3
@@ -124,26 +126,18 @@ def change_cell(row: dict[str, Any]) -> str:
 def draw_changes(table: Rows, path: Path) -> None:
     """Change of loss against the fraction of the operations, a picture a length."""
     lengths = sorted({row["length"] for row in table})
+    names = sorted({row["name"] for row in table}, key=lambda name: (name != "jax_aat", name))
     figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
     for axes, length in zip(
         figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
     ):
-        for name in sorted({row["name"] for row in table}):
-            found = [row for row in table if (row["name"], row["length"]) == (name, length)]
-            found.sort(key=lambda row: row["spent"])
-            x, y = ([row[key] for row in found] for key in ("spent", "change"))
-            bounds = np.array([row["interval"] for row in found]).reshape(-1, 2).T
-            style = "o-" if name == "jax_aat" else "s--"
-            line = axes.plot(x, y, style, label=name, markersize=4)[0]
-            axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
-        axes.set_xscale("log", base=2)
-        fractions = sorted({row["fraction"] for row in table})
-        axes.set_xticks(fractions, [f"{fraction:.3g}" for fraction in fractions], minor=False)
+        curves: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+        for row in table:
+            if row["length"] == length:
+                curves[row["name"]].append((row["spent"], row["change"], *row["interval"]))
+        plot.quality(curves, value="change of loss, nats a byte", axes=axes)
         axes.set_yscale("symlog", linthresh=1e-3)
-        axes.set(xlabel="operations, of exact attention", ylabel="change of loss, nats a byte")
         axes.set_title(f"{length} bytes")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -30,6 +30,9 @@ struct DeviceTraits {
   bool coopmat_layout_known = false;
 };
 
+// The rows that a kernel of a planned call multiplies with those of queries.
+enum class KeyRows { kAll, kExact, kCoarse };
+
 struct Dispatch {
   std::string shader;                         // name of an embedded SPIR-V module
   std::vector<std::uint32_t> specialization;  // value of constant_id i at index i
@@ -39,8 +42,12 @@ struct Dispatch {
   std::uint32_t first_head = 0;
   std::uint32_t heads = 0;
   bool barrier_before = false;  // reads what an earlier dispatch of the plan wrote
-  // Of its matrix products, over what causality and window leave; NaN where a plan decides.
+  // Of its matrix products, over what causality and window leave; NaN where a plan decides, and
+  // where they are not counted.
   double flops = 0;
+  double flops_a_pair = 0;  // of a row of queries and one of these:
+  KeyRows key_rows = KeyRows::kAll;
+  double share = 1;  // of the call's heads that it works on
 };
 
 struct DispatchPlan {
@@ -54,7 +61,13 @@ struct DispatchPlan {
   std::vector<Scratch> scratch;
   std::uint64_t scratch_bytes = 0;
   const char* path = "portable";  // or "coopmat": the family of kernels chosen
+  // Lists of all batch entries and heads whose work the call counts; 0: it does not.
+  std::uint64_t counted_lists = 0;
 };
+
+// Words that count_work.comp writes of each list: pairs of rows of queries and exact ones, then
+// pairs with coarse ones, both in two words, the low one first; the most rows that a tile reads; 0.
+inline constexpr std::uint32_t kWorkCountWords = 6;
 
 // Throws std::invalid_argument, in words for the user, when no kernel can serve the problem on the
 // device.

@@ -60,6 +60,8 @@ class PlanBuilder {
   // Scratch of so many words a batch entry; sets the strides along batch axes.
   void AddBatchScratch(std::uint32_t slot, std::uint64_t words);
 
+  void CountLists(std::uint64_t lists) { plan_.counted_lists = lists; }
+
   DispatchPlan Finish(const char* path);
 
  private:

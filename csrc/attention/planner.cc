@@ -86,6 +86,7 @@ class Planner {
         AddTilePlan(builder_);
         break;
     }
+    if (problem_.counts_work && Has(FEATURE_PLAN | FEATURE_MAKES_LISTS)) AddWorkCounts(builder_);
     return builder_.Finish(family_ == nullptr ? DispatchPlan().path : family_->path);
   }
 
@@ -135,17 +136,18 @@ class Planner {
     } else {
       if (wants_queries) {
         AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
-                  QueryTiles(dq_shape), (4 + value_products) * pairs_ * params_.head_dim);
+                  QueryTiles(dq_shape), 4 + value_products);
       }
       if (wants_keys) {
-        AddKernel(dkv_shape, key_features, KeyTiles(dkv_shape, params_.keys),
-                  key_products * pairs_ * params_.head_dim);
+        AddKernel(dkv_shape, key_features, KeyTiles(dkv_shape, params_.keys), key_products)
+            .key_rows = KeyRows::kExact;
       }
     }
     if (wants_coarse_rows) {
-      std::uint32_t& features = AddKernel(dkv_shape, kScoreFeatures | cotangents,
-                                          KeyTiles(dkv_shape, params_.coarse_rows), pairs_)
-                                    .specialization[kFeatures];
+      Dispatch& dispatch = AddKernel(dkv_shape, kScoreFeatures | cotangents,
+                                     KeyTiles(dkv_shape, params_.coarse_rows), key_products);
+      dispatch.key_rows = KeyRows::kCoarse;
+      std::uint32_t& features = dispatch.specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;
       if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
       if (Has(FEATURE_DCOARSE_V)) features |= FEATURE_DV;
@@ -194,16 +196,14 @@ class Planner {
       if (head > 0) builder_.AddBarrier();
       if (head < keys.heads) {
         const TileGrid part = {keys.tiles, std::min(step, keys.heads - head), head};
-        AddKernel(dkv_shape, key_features, part,
-                  key_products * share(part, keys) * pairs_ * params_.head_dim)
+        AddKernel(dkv_shape, key_features, part, key_products, share(part, keys))
             .specialization[kFeatures] |= FEATURE_SCORE_GRADIENTS;
       }
       if (head > 0) {
         const std::uint64_t first = head - step;
         const TileGrid part = {queries.tiles, std::min(step, keys.heads - first) * group,
                                first * group};
-        AddKernel(dq_shape, kScoreFeatures | FEATURE_DQ, part,
-                  2 * share(part, queries) * pairs_ * params_.head_dim);
+        AddKernel(dq_shape, kScoreFeatures | FEATURE_DQ, part, 2, share(part, queries));
       }
     }
   }
@@ -214,12 +214,13 @@ class Planner {
     CheckWalk(KeysOfTile(shape) * (kernel == Kernel::kTangent ? 2 : 1));
     AddLists(shape, /*transposed=*/false);
     builder_.AddBarrier();
-    AddKernel(shape, features, QueryTiles(shape),
-              flops_a_pair_and_column * pairs_ * params_.head_dim);
+    AddKernel(shape, features, QueryTiles(shape), flops_a_pair_and_column);
     if (shape.has_careful_pass) {
       builder_.AddBarrier();
       // No flops: of what tiles it computes, those of the first pass were wasted.
-      AddKernel(shape, features, QueryTiles(shape), 0).specialization[kFeatures] |= FEATURE_CAREFUL;
+      Dispatch& careful = AddKernel(shape, features, QueryTiles(shape), 0);
+      careful.specialization[kFeatures] |= FEATURE_CAREFUL;
+      careful.flops = 0;
     }
   }
 
@@ -349,8 +350,7 @@ class Planner {
                                 DivideUp(params_.queries, shape.tile_rows) *
                                 DivideUp(columns, shape.block_rows);
     CheckWalk(DivideUp(terms, tiles) * shape.block_rows);
-    AddKernel(shape, kScoreFeatures | cotangents, {tiles, 1},
-              (2 + value_products) * pairs_ * params_.head_dim)
+    AddKernel(shape, kScoreFeatures | cotangents, {tiles, 1}, 2 + value_products)
         .specialization[kTileHeads] = 1;  // its tiles are of one head
   }
 
@@ -377,13 +377,16 @@ class Planner {
     std::uint64_t first_head = 0;
   };
 
+  // `share`: of the call's heads that the grid has.
   Dispatch& AddKernel(const KernelShape& shape, std::uint32_t features, const TileGrid& grid,
-                      double flops) {
+                      double flops_a_pair_and_column, double share = 1) {
     Dispatch& dispatch =
         builder_.Add(builder_.ModuleName(shape), shape, features, grid.tiles * grid.heads);
     dispatch.first_head = static_cast<std::uint32_t>(grid.first_head);
     dispatch.heads = static_cast<std::uint32_t>(grid.heads);
-    dispatch.flops = flops;
+    dispatch.share = share;
+    dispatch.flops_a_pair = flops_a_pair_and_column * params_.head_dim;
+    dispatch.flops = dispatch.flops_a_pair * share * pairs_;
     return dispatch;
   }
 

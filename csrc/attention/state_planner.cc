@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <limits>
 #include <string>
 
 #include "attention/checks.h"
@@ -11,6 +12,7 @@ namespace jax_aat {
 namespace {
 
 constexpr std::uint32_t kWantedThreads = 256;
+constexpr double kNotCounted = std::numeric_limits<double>::quiet_NaN();
 constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint64_t kSuperTileRows = 1024;
 constexpr std::uint32_t kRowThreads = 8;      // of a row of level biases
@@ -110,7 +112,9 @@ class StatePlanner {
   Dispatch& AddByDtype(const char* shader, std::uint32_t features, std::uint64_t workgroups,
                        std::uint32_t tile_rows = kGranuleRows) {
     const KernelShape shape = Shape(shader, tile_rows);
-    return builder_.Add(builder_.ModuleName(shape), shape, features, workgroups);
+    Dispatch& dispatch = builder_.Add(builder_.ModuleName(shape), shape, features, workgroups);
+    dispatch.flops = kNotCounted;
+    return dispatch;
   }
 
   // A kernel that runs along the states of each key/value head, a vector a thread.

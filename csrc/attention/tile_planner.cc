@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "attention/checks.h"
 #include "attention/plan_shape.h"
@@ -12,7 +13,8 @@ namespace {
 
 constexpr std::uint32_t kWantedThreads = 256;
 constexpr std::uint32_t kRangeThreads = 64;  // granules of a super-tile
-constexpr std::uint32_t kPriceTiles = 8;     // query tiles whose prices a workgroup counts
+constexpr std::uint32_t kCountThreads = 64;
+constexpr std::uint32_t kPriceTiles = 8;  // query tiles whose prices a workgroup counts
 constexpr std::uint32_t kGranuleRows = 16;
 // As in shaders/common/sub_queries.glsl.
 constexpr std::uint32_t kSubQueryPositions = 16;
@@ -121,6 +123,7 @@ class TilePlanner {
     builder_.AddBarrier();
     Dispatch& dispatch = builder_.Add(builder_.ModuleName(router), router,
                                       kVisibilityFeatures | FEATURE_SOFT_CAP, workgroups);
+    dispatch.flops = std::numeric_limits<double>::quiet_NaN();  // not counted
     dispatch.specialization.push_back(params_.level_count);
     dispatch.specialization.push_back(params_.candidate_share > 0 ? 2 : 1);
     dispatch.specialization.push_back(IsForemost() ? 1 : 0);
@@ -219,5 +222,15 @@ class TilePlanner {
 }  // namespace
 
 void AddTilePlan(PlanBuilder& builder) { TilePlanner(builder).Plan(); }
+
+void AddWorkCounts(PlanBuilder& builder) {
+  const AttentionParams& params = builder.params();
+  const std::uint64_t lists =
+      std::uint64_t{params.query_heads / TileHeads(params)} * params.batch_count;
+  const KernelShape shape = {"count_work", kCountThreads, PlanTileRows(params), kGranuleRows};
+  builder.AddBarrier();
+  builder.AddListKernel(shape.shader, shape, 0, lists);
+  builder.CountLists(lists);
+}
 
 }  // namespace jax_aat

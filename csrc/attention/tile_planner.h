@@ -6,5 +6,7 @@
 namespace jax_aat {
 
 void AddTilePlan(PlanBuilder& builder);
+// The dispatch that counts what a plan leaves to compute.
+void AddWorkCounts(PlanBuilder& builder);
 
 }  // namespace jax_aat

@@ -5,11 +5,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention/plan_shape.h"
+
 namespace jax_aat {
 namespace {
 
-constexpr std::uint32_t kLength = 1024;
-constexpr std::uint32_t kHeads = 8;
 constexpr std::uint32_t kDenseOperands[] = {OPERAND_Q,  OPERAND_K,  OPERAND_V,  OPERAND_OUT,
                                             OPERAND_DQ, OPERAND_DK, OPERAND_DV, OPERAND_DOUT};
 
@@ -25,29 +25,50 @@ std::uint32_t IndexOf(const std::string_view (&names)[N], std::string_view name)
 
 }  // namespace
 
-DispatchPlan ExamplePlan(std::string_view pass, std::string_view dtype, std::uint32_t head_dim,
-                         const DeviceTraits& traits) {
+DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits) {
   AttentionProblem problem;
-  problem.pass = static_cast<Pass>(IndexOf({"forward", "tangent", "backward"}, pass));
-  problem.dtype = IndexOf({"float32", "float16", "bfloat16"}, dtype);
-  if (problem.pass != Pass::kForward) problem.features = FEATURE_DQ | FEATURE_DK | FEATURE_DV;
-  if (problem.pass == Pass::kBackward) problem.features |= FEATURE_DOUT;
+  problem.pass = static_cast<Pass>(IndexOf({"forward", "tangent", "backward"}, call.pass));
+  problem.dtype = IndexOf({"float32", "float16", "bfloat16"}, call.dtype);
+  const auto set = [&](std::uint32_t features) { problem.features |= features; };
+  const bool is_backward = problem.pass == Pass::kBackward;
+  if (problem.pass != Pass::kForward) set(FEATURE_DQ | FEATURE_DK | FEATURE_DV);
+  if (is_backward) set(FEATURE_DOUT);
+  if (call.causal) set(FEATURE_CAUSAL);
 
   AttentionParams& params = problem.params;
   std::fill(std::begin(params.batch), std::end(params.batch), 1);
-  params.batch_count = 1;
-  params.queries = params.keys = kLength;
-  params.query_heads = params.kv_heads = kHeads;
-  params.head_dim = head_dim;
+  params.batch[MAX_BATCH_AXES - 1] = params.batch_count = call.batch;
+  params.queries = call.queries;
+  params.keys = call.keys;
+  params.query_heads = call.query_heads;
+  params.kv_heads = call.kv_heads;
+  params.head_dim = call.head_dim;
   params.window_left = params.window_right = -1;
   params.scale = 1;
   for (const std::uint32_t slot : kDenseOperands) {
-    params.operand[slot].row_stride = kHeads * head_dim;
-    params.operand[slot].head_stride = head_dim;
-    params.operand[slot].column_stride = 1;
+    const bool of_keys =
+        slot == OPERAND_K || slot == OPERAND_V || slot == OPERAND_DK || slot == OPERAND_DV;
+    OperandLayout& layout = params.operand[slot];
+    layout.row_stride = (of_keys ? call.kv_heads : call.query_heads) * call.head_dim;
+    layout.head_stride = call.head_dim;
+    layout.column_stride = 1;
+    layout.batch_stride[MAX_BATCH_AXES - 1] =
+        call.batch == 1 ? 0 : (of_keys ? call.keys : call.queries) * layout.row_stride;
   }
-  params.operand[OPERAND_LSE].row_stride = kHeads;
+  params.operand[OPERAND_LSE].row_stride = call.query_heads;
   params.operand[OPERAND_LSE].head_stride = 1;
+
+  if (call.query_tile > 0) {
+    SetPlanShape(params, call.query_tile, 0, 0);
+    params.level_count = call.level_count;
+    params.candidate_share = call.candidate_share;
+    params.judged_super_tiles = call.judged_super_tiles;
+    set(FEATURE_PLAN | FEATURE_MAKES_MEANS);
+    if (call.corrects) set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS);
+    if (problem.pass == Pass::kForward) set(FEATURE_MAKES_LISTS | FEATURE_SPARE_ROWS);
+    if (is_backward) set(FEATURE_DCOARSE_K | FEATURE_DCOARSE_V);
+    if (is_backward && call.corrects) set(FEATURE_DSHARES | FEATURE_DLEVEL_BIAS);
+  }
   return PlanAttention(problem, traits);
 }
 

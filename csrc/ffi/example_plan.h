@@ -1,4 +1,5 @@
-// The plan of a plain call, so that people can see which kernels a device would be given.
+// The plan of a plain call, so that people can see which kernels a device would be given and how
+// much memory these would take.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,26 @@
 
 namespace jax_aat {
 
-// For q, k, v [1024, 8, head_dim], dense in memory, no bias and no mask; every gradient wanted.
+// A call of q, k and v that are dense in memory, with no bias and no mask; every gradient wanted.
+struct ExampleCall {
+  std::string_view pass;   // "forward", "tangent" or "backward"
+  std::string_view dtype;  // "float32", "float16" or "bfloat16"
+  std::uint32_t batch = 1;
+  std::uint32_t queries = 1024;
+  std::uint32_t keys = 1024;
+  std::uint32_t query_heads = 8;
+  std::uint32_t kv_heads = 8;
+  std::uint32_t head_dim = 64;
+  bool causal = false;
+  // Of a call with a plan, which a forward pass makes by a budget; 0: there is none.
+  std::uint32_t query_tile = 0;
+  std::uint32_t level_count = 0;
+  float candidate_share = 0;
+  std::uint32_t judged_super_tiles = 0;
+  bool corrects = false;
+};
+
 // Throws std::invalid_argument for a name of a pass or dtype that is none, or as PlanAttention.
-DispatchPlan ExamplePlan(std::string_view pass, std::string_view dtype, std::uint32_t head_dim,
-                         const DeviceTraits& traits);
+DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits);
 
 }  // namespace jax_aat

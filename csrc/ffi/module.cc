@@ -1,9 +1,12 @@
 // The Python module jax_aat._native: the custom calls, the devices, what ran and what it used.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -13,9 +16,11 @@
 
 #include "ffi/example_plan.h"
 #include "ffi/handlers.h"
+#include "metrics/ceilings.h"
 #include "metrics/last_dispatch.h"
-#include "metrics/timestamps.h"
+#include "metrics/profile.h"
 #include "vulkan/features.h"
+#include "vulkan/local_heap.h"
 #include "vulkan/pipeline_cache.h"
 #include "vulkan/runtime.h"
 #include "vulkan/text.h"
@@ -130,6 +135,86 @@ const char* PassName(Pass pass) {
   return "plan";
 }
 
+const char* DtypeName(std::uint32_t dtype) {
+  return dtype == DTYPE_F32 ? "float32" : dtype == DTYPE_F16 ? "float16" : "bfloat16";
+}
+
+// What the record tells by itself, without its measurements.
+nb::dict RecordDict(const DispatchRecord& record) {
+  nb::list shaders, flops;
+  for (const KernelRecord& kernel : record.kernels) {
+    shaders.append(kernel.shader);
+    flops.append(kernel.flops);
+  }
+  nb::dict dict;
+  dict["sequence"] = record.sequence;
+  dict["pass"] = PassName(record.pass);
+  dict["path"] = record.path;
+  dict["platform"] = record.platform;
+  dict["device"] = record.device;
+  dict["shaders"] = shaders;
+  dict["flops"] = flops;
+  dict["imported_bytes"] = record.imported_bytes;
+  dict["staged_bytes"] = record.staged_bytes;
+  return dict;
+}
+
+// FLOPs of a kernel of a call whose work was counted.
+double CountedFlops(const KernelRecord& kernel, const Work& work) {
+  switch (kernel.key_rows) {
+    case KeyRows::kExact:
+      return kernel.flops_a_pair * work.exact_pairs;
+    case KeyRows::kCoarse:
+      return kernel.flops_a_pair * work.coarse_pairs;
+    case KeyRows::kAll:
+      break;
+  }
+  return kernel.flops_a_pair * (work.exact_pairs + work.coarse_pairs);
+}
+
+nb::dict ProfiledCallDict(const ProfiledCall& call) {
+  const DispatchRecord& record = call.record;
+  nb::list flops, bytes;
+  for (const KernelRecord& kernel : record.kernels) {
+    const bool counted = call.work && std::isnan(kernel.flops) && kernel.flops_a_pair > 0;
+    flops.append(counted ? CountedFlops(kernel, *call.work) : kernel.flops);
+    bytes.append(kernel.bytes);
+  }
+  nb::dict dict = RecordDict(record);
+  dict["flops"] = flops;
+  dict["bytes"] = bytes;
+  dict["scratch_bytes"] = record.scratch_bytes;
+  dict["dtype"] = DtypeName(record.dtype);
+  dict["batch"] = record.batch;
+  dict["queries"] = record.queries;
+  dict["keys"] = record.keys;
+  dict["query_heads"] = record.query_heads;
+  dict["kv_heads"] = record.kv_heads;
+  dict["head_dim"] = record.head_dim;
+  dict["causal"] = (record.features & FEATURE_CAUSAL) != 0;
+  dict["queue"] = record.queue;
+  dict["thread"] = record.thread;
+  dict["arrived"] = 1e-9 * static_cast<double>(record.arrived);
+  dict["submitted"] = 1e-9 * static_cast<double>(record.submitted);
+  dict["ended"] = 1e-9 * static_cast<double>(record.ended);
+  dict["stamps"] = nb::cast(call.stamps);
+  dict["exact_pairs"] = call.work ? nb::cast(call.work->exact_pairs) : nb::none();
+  dict["coarse_pairs"] = call.work ? nb::cast(call.work->coarse_pairs) : nb::none();
+  dict["most_rows"] = call.work ? nb::cast(call.work->most_rows) : nb::none();
+  return dict;
+}
+
+nb::list StopProfileList() {
+  std::vector<ProfiledCall> calls;
+  {
+    const nb::gil_scoped_release release;
+    calls = StopProfile();
+  }
+  nb::list list;
+  for (const ProfiledCall& call : calls) list.append(ProfiledCallDict(call));
+  return list;
+}
+
 std::optional<nb::dict> LastDispatchDict() {
   std::optional<DispatchRecord> record;
   std::optional<KernelTimes> times;
@@ -139,20 +224,44 @@ std::optional<nb::dict> LastDispatchDict() {
     if (record && record->timestamps) times = record->timestamps->Times();
   }
   if (!record) return std::nullopt;
-  nb::dict dict;
-  dict["sequence"] = record->sequence;
-  dict["pass"] = PassName(record->pass);
-  dict["path"] = record->path;
-  dict["platform"] = record->platform;
-  dict["device"] = record->device;
-  dict["shaders"] = nb::cast(record->shaders);
-  dict["flops"] = nb::cast(record->flops);
-  dict["imported_bytes"] = record->imported_bytes;
-  dict["staged_bytes"] = record->staged_bytes;
+  nb::dict dict = RecordDict(*record);
   dict["kernel_milliseconds"] =
       times && !times->milliseconds.empty() ? nb::cast(times->milliseconds) : nb::none();
   dict["elapsed_milliseconds"] = times ? nb::cast(times->elapsed_milliseconds) : nb::none();
   return dict;
+}
+
+nb::dict CeilingsDict(std::uint32_t device) {
+  Ceilings ceilings;
+  {
+    const nb::gil_scoped_release release;
+    ceilings = MeasureCeilings(*Runtime::Get().Acquire(device));
+  }
+  nb::dict dict;
+  dict["bandwidth"] = ceilings.bandwidth;
+  dict["products"] = ceilings.products;
+  dict["float16_matrices"] = ceilings.float16_matrices;
+  dict["bfloat16_matrices"] = ceilings.bfloat16_matrices;
+  return dict;
+}
+
+nb::list KernelStatisticsList(std::uint32_t device) {
+  std::vector<Pipelines::Statistics> collected;
+  {
+    const nb::gil_scoped_release release;
+    if (const auto context = Runtime::Get().Existing(device)) {
+      collected = context->pipelines().CollectStatistics();
+    }
+  }
+  nb::list list;
+  for (const Pipelines::Statistics& each : collected) {
+    nb::dict values;
+    for (const PipelineStatistic& statistic : each.statistics) {
+      values[statistic.name.c_str()] = statistic.value;
+    }
+    list.append(nb::make_tuple(each.shader, nb::cast(each.specialization), values));
+  }
+  return list;
 }
 
 nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const std::string& dtype,
@@ -160,7 +269,8 @@ nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const st
   DispatchPlan plan;
   {
     const nb::gil_scoped_release release;
-    plan = ExamplePlan(pass, dtype, head_dim, Runtime::Get().Acquire(device)->traits());
+    plan = ExamplePlan({.pass = pass, .dtype = dtype, .head_dim = head_dim},
+                       Runtime::Get().Acquire(device)->traits());
   }
   nb::list shaders;
   for (const Dispatch& dispatch : plan.dispatches) shaders.append(dispatch.shader);
@@ -170,44 +280,83 @@ nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const st
   return dict;
 }
 
+std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const std::string& dtype,
+                           const std::array<std::uint32_t, 6>& sizes, bool causal,
+                           std::uint32_t query_tile, std::uint32_t level_count,
+                           float candidate_share, std::uint32_t judged_super_tiles, bool corrects) {
+  const ExampleCall call = {
+      .pass = pass,
+      .dtype = dtype,
+      .batch = sizes[0],
+      .queries = sizes[1],
+      .keys = sizes[2],
+      .query_heads = sizes[3],
+      .kv_heads = sizes[4],
+      .head_dim = sizes[5],
+      .causal = causal,
+      .query_tile = query_tile,
+      .level_count = level_count,
+      .candidate_share = candidate_share,
+      .judged_super_tiles = judged_super_tiles,
+      .corrects = corrects,
+  };
+  return ExamplePlan(call, Runtime::Get().Acquire(device)->traits()).scratch_bytes;
+}
+
 nb::dict PoolDict(const MemoryStatistics::Pool& pool) {
   nb::dict dict;
   dict["reserved_bytes"] = pool.reserved_bytes;
   dict["in_use_bytes"] = pool.in_use_bytes;
+  dict["peak_reserved_bytes"] = pool.peak_reserved_bytes;
+  dict["peak_in_use_bytes"] = pool.peak_in_use_bytes;
+  dict["largest_free_bytes"] = pool.largest_free_bytes;
   dict["blocks"] = pool.blocks;
   dict["allocations"] = pool.allocations;
+  dict["total_allocations"] = pool.total_allocations;
   return dict;
 }
 
-// The context of the default device if a call made one already.
-std::shared_ptr<Context> ExistingContext() {
-  Runtime& runtime = Runtime::Get();
-  return runtime.Existing(runtime.default_device());
+nb::dict SharedDict(const MemoryStatistics& statistics, Sharing sharing) {
+  const MemoryStatistics::Shared& shared = statistics.shared[static_cast<std::size_t>(sharing)];
+  nb::dict dict;
+  dict["live"] = shared.live;
+  dict["live_bytes"] = shared.live_bytes;
+  dict["total"] = shared.total;
+  return dict;
 }
 
-nb::dict MemoryStats() {
+std::optional<nb::dict> MemoryStats(std::uint32_t device) {
   MemoryStatistics statistics;
+  LocalHeap heap;
   {
     const nb::gil_scoped_release release;
-    if (const auto context = ExistingContext()) statistics = context->memory().Statistics();
+    const auto context = Runtime::Get().Existing(device);
+    if (context == nullptr) return std::nullopt;
+    statistics = context->memory().Statistics();
+    heap = LargestLocalHeap(context->device());
   }
-  nb::dict dict = PoolDict(statistics.total);
-  dict["peak_reserved_bytes"] = statistics.peak_reserved_bytes;
-  dict["peak_in_use_bytes"] = statistics.peak_in_use_bytes;
-  dict["limit_bytes"] = statistics.limit_bytes;
-  dict["imports"] = statistics.imports;
-  dict["live_imports"] = statistics.live_imports;
   nb::dict pools;
   for (std::size_t i = 0; i < kPurposeCount; ++i) {
     pools[PurposeName(static_cast<Purpose>(i))] = PoolDict(statistics.pools[i]);
   }
+  nb::dict dict;
+  dict["total"] = PoolDict(statistics.total);
   dict["pools"] = pools;
+  dict["host_imports"] = SharedDict(statistics, Sharing::kHostImport);
+  dict["cuda_imports"] = SharedDict(statistics, Sharing::kCudaImport);
+  dict["cuda_exports"] = SharedDict(statistics, Sharing::kCudaExport);
+  dict["limit_bytes"] = statistics.limit_bytes;
+  dict["heap_bytes"] = heap.bytes;
+  dict["heap_budget_bytes"] = heap.budget ? nb::cast(heap.budget->bytes) : nb::none();
+  dict["heap_usage_bytes"] = heap.budget ? nb::cast(heap.budget->usage) : nb::none();
   return dict;
 }
 
-std::uint64_t TrimMemory() {
-  const auto context = ExistingContext();
-  return context == nullptr ? 0 : context->memory().Trim();
+std::uint64_t TrimMemory(std::uint32_t device) {
+  const auto context = Runtime::Get().Existing(device);
+  if (context == nullptr) return 0;
+  context->queries().Trim();
+  return context->memory().Trim();
 }
 
 std::string CachePath() {
@@ -216,7 +365,9 @@ std::string CachePath() {
 }
 
 void MarkDeviceLost() {
-  if (const auto context = ExistingContext()) context->device().MarkLost();
+  Runtime& runtime = Runtime::Get();
+  const auto context = runtime.Existing(runtime.default_device());
+  if (context != nullptr) context->device().MarkLost();
 }
 
 }  // namespace
@@ -243,15 +394,29 @@ NB_MODULE(_native, m) {
   m.def("last_dispatch", LastDispatchDict);
   m.def("example_plan", ExamplePlanDict, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("head_dim"));
-  m.def("set_timing", SetTiming, nb::arg("enabled"), nb::arg("by_kernel") = true);
-  m.def("memory_stats", MemoryStats);
-  m.def("trim_memory", TrimMemory, ReleaseGil());
+  m.def("scratch_bytes", ScratchBytes, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
+        nb::arg("sizes"), nb::arg("causal") = false, nb::arg("query_tile") = 0,
+        nb::arg("level_count") = 0, nb::arg("candidate_share") = 0.0f,
+        nb::arg("judged_super_tiles") = 0, nb::arg("corrects") = false, ReleaseGil());
+  m.def(
+      "set_timing",
+      [](bool enabled, bool by_kernel) {
+        SetTiming(!enabled ? Timing::kOff : by_kernel ? Timing::kByKernel : Timing::kByCall);
+      },
+      nb::arg("enabled"), nb::arg("by_kernel") = true);
+  m.def("start_profile", StartProfile, nb::arg("by_kernel"), ReleaseGil());
+  m.def("stop_profile", StopProfileList);
+  m.def("measure_ceilings", CeilingsDict, nb::arg("device"));
+  m.def("kernel_statistics", KernelStatisticsList, nb::arg("device"));
+  m.def("memory_stats", MemoryStats, nb::arg("device"));
+  m.def("trim_memory", TrimMemory, nb::arg("device"), ReleaseGil());
   m.def("validation_messages", ValidationMessages);
   m.def("cache_path", CachePath, ReleaseGil());
   m.def("mark_device_lost", MarkDeviceLost, ReleaseGil());
   // Drivers must not be torn down by the exit handlers of the process, in no known order.
   const auto shutdown = nb::cpp_function(
       [] {
+        ForgetProfile();
         ForgetLastDispatch();
         Runtime::Get().Shutdown();
       },

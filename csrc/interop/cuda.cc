@@ -12,7 +12,7 @@
 #include "interop/cuda_channel.h"
 #include "interop/cuda_memory.h"
 #include "interop/cuda_staging.h"
-#include "metrics/last_dispatch.h"
+#include "metrics/call_recorder.h"
 #include "vulkan/runtime.h"
 #include "vulkan/text.h"
 
@@ -33,8 +33,7 @@ struct StreamState {
 // What one device keeps for CUDA; destroyed with its context.
 class CudaBridge {
  public:
-  explicit CudaBridge(const Context& context)
-      : memory(context.device()), device_(context.device()) {
+  explicit CudaBridge(Context& context) : memory(context.memory()), device_(context.device()) {
     for (const char* extension :
          {VK_KHR_EXTERNAL_MEMORY_FD_EXTENSION_NAME, VK_KHR_EXTERNAL_SEMAPHORE_FD_EXTENSION_NAME}) {
       if (!device_.physical().HasExtension(extension)) {
@@ -76,7 +75,7 @@ std::uint32_t DeviceIndex(const cuda::Uuid& uuid) {
 // The operands of one call: where Vulkan finds them, and which had to be copied.
 class CudaOperands {
  public:
-  CudaOperands(const Device& device, CudaMemory& memory, StreamState& state,
+  CudaOperands(MemoryManager& manager, CudaMemory& memory, StreamState& state,
                const OperandBuffers& buffers, cuda::Stream stream)
       : state_(state), buffers_(buffers), stream_(stream) {
     std::uint64_t staging_bytes = 0;
@@ -96,14 +95,14 @@ class CudaOperands {
       // Rare: the work and the copies of earlier calls use the smaller buffer.
       state.channel.WaitOnHost();
       state.staging.reset();
-      state.staging = std::make_unique<CudaStaging>(device, std::bit_ceil(staging_bytes));
+      state.staging = std::make_unique<CudaStaging>(manager, std::bit_ceil(staging_bytes));
     }
     for (const Copy& copy : copies_) {
       addresses_[copy.operand] = state.staging->address() + copy.offset;
     }
   }
 
-  const OperandAddresses& addresses() const { return addresses_; }
+  OperandAddresses& addresses() { return addresses_; }
   std::uint64_t imported_bytes() const { return imported_bytes_; }
   std::uint64_t staged_bytes() const { return staged_bytes_; }
 
@@ -151,31 +150,31 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, c
       Runtime::Get().Acquire(DeviceIndex(current.DeviceUuid()));
   CudaBridge& bridge = context->Companion<CudaBridge>();
   // Calls of a stream follow each other, so they can share scratch that XLA hands out in its order.
-  PreparedPlan prepared = context->Prepare(problem, [&](std::uint64_t bytes) -> VkDeviceAddress {
-    void* scratch = bridge.memory.imports() ? allocate_scratch(bytes) : nullptr;
-    if (scratch == nullptr) return 0;
-    return bridge.memory.Find(reinterpret_cast<cuda::DevicePointer>(scratch), bytes).value_or(0);
-  });
-  const DispatchPlan plan = prepared.plan;
+  CallRecorder recorder("cuda", context, problem, buffers);
+  PreparedPlan prepared =
+      context->Prepare(recorder.problem(), [&](std::uint64_t bytes) -> VkDeviceAddress {
+        void* scratch = bridge.memory.imports() ? allocate_scratch(bytes) : nullptr;
+        if (scratch == nullptr) return 0;
+        return bridge.memory.Find(reinterpret_cast<cuda::DevicePointer>(scratch), bytes)
+            .value_or(0);
+      });
   StreamState& state = bridge.StateOf(stream);
 
   const std::lock_guard lock(state.mutex);
-  const CudaOperands operands(context->device(), bridge.memory, state, buffers, stream);
-  const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
+  CudaOperands operands(context->memory(), bridge.memory, state, buffers, stream);
+  recorder.Planned(prepared.plan, operands.addresses());
   operands.CopyIn();
   state.channel.Turn([&](const TimelinePoint& ready, const TimelinePoint& done) {
-    context->Run(std::move(prepared), operands.addresses(),
-                 {.waits = {&ready, 1}, .signals = {&done, 1}, .timestamps = timestamps.get()});
+    recorder.Submitted(context->Run(std::move(prepared), operands.addresses(),
+                                    {
+                                        .waits = {&ready, 1},
+                                        .host_reads = recorder.host_reads(),
+                                        .signals = {&done, 1},
+                                        .timestamps = recorder.timestamps(),
+                                    }));
   });
   operands.CopyOut();
-  RecordDispatch(problem.pass, plan,
-                 {
-                     .platform = "cuda",
-                     .device = context->device().physical().name,
-                     .imported_bytes = operands.imported_bytes(),
-                     .staged_bytes = operands.staged_bytes(),
-                     .timestamps = timestamps,
-                 });
+  recorder.Finish(operands.imported_bytes(), operands.staged_bytes());
 }
 
 }  // namespace jax_aat

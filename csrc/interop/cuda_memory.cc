@@ -8,7 +8,7 @@
 
 namespace jax_aat {
 
-CudaMemory::CudaMemory(const Device& device) : device_(device) {
+CudaMemory::CudaMemory(MemoryManager& manager) : manager_(manager) {
   const std::string allocator = Environment("XLA_PYTHON_CLIENT_ALLOCATOR");
   arena_ = allocator != "platform" && allocator != "cuda_async";
 }
@@ -24,7 +24,7 @@ CudaMemory::Mapping CudaMemory::MappingOf(cuda::DevicePointer pointer) {
   return mapping;
 }
 
-std::optional<DeviceMemory> CudaMemory::Import(const Mapping& mapping) {
+std::optional<MemoryManager::SharedMemory> CudaMemory::Import(const Mapping& mapping) {
   const cuda::Driver& driver = cuda::Driver::Get();
   cuda::AllocationHandle allocation = 0;
   // Memory that does not come from cuMemCreate has no handle: it is copied.
@@ -36,7 +36,7 @@ std::optional<DeviceMemory> CudaMemory::Import(const Mapping& mapping) {
       driver.ExportAllocation(fd.out(), allocation, cuda::kPosixFileDescriptor, 0);
   driver.ReleaseAllocation(allocation);
   if (exported != 0) return std::nullopt;
-  return DeviceMemory::ImportFd(device_, std::move(fd), mapping.bytes);
+  return manager_.ImportCuda(std::move(fd), mapping.bytes);
 }
 
 std::optional<VkDeviceAddress> CudaMemory::Find(cuda::DevicePointer pointer, std::uint64_t bytes) {
@@ -52,7 +52,7 @@ std::optional<VkDeviceAddress> CudaMemory::Find(cuda::DevicePointer pointer, std
                                 mapping.bytes, " bytes of CUDA memory"));
   }
   if (!found->second.has_value()) return std::nullopt;
-  return found->second->address() + (pointer - mapping.base);
+  return found->second->memory().address() + (pointer - mapping.base);
 }
 
 }  // namespace jax_aat

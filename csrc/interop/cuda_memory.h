@@ -8,13 +8,13 @@
 #include <optional>
 
 #include "interop/cuda_driver.h"
-#include "vulkan/device_memory.h"
+#include "vulkan/memory.h"
 
 namespace jax_aat {
 
 class CudaMemory {
  public:
-  explicit CudaMemory(const Device& device);
+  explicit CudaMemory(MemoryManager& manager);
 
   // Whether anything can be imported at all.
   bool imports() const { return arena_; }
@@ -30,13 +30,14 @@ class CudaMemory {
     std::uint64_t block = 0;  // unique in the process: tells a later allocation at the same address
   };
   static Mapping MappingOf(cuda::DevicePointer pointer);
-  std::optional<DeviceMemory> Import(const Mapping& mapping);
+  std::optional<MemoryManager::SharedMemory> Import(const Mapping& mapping);
 
-  const Device& device_;
+  MemoryManager& manager_;
   // An import keeps the allocation alive: memory that XLA gives back buffer by buffer is copied.
   bool arena_;
   std::mutex mutex_;
-  std::map<std::uint64_t, std::optional<DeviceMemory>> blocks_;  // by Mapping::block
+  // By Mapping::block.
+  std::map<std::uint64_t, std::optional<MemoryManager::SharedMemory>> blocks_;
 };
 
 }  // namespace jax_aat

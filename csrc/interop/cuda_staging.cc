@@ -2,13 +2,13 @@
 
 namespace jax_aat {
 
-CudaStaging::CudaStaging(const Device& device, std::uint64_t bytes)
-    : memory_(DeviceMemory::Exportable(device, bytes)) {
+CudaStaging::CudaStaging(MemoryManager& manager, std::uint64_t bytes)
+    : shared_(manager.ExportToCuda(bytes)) {
   const cuda::Driver& driver = cuda::Driver::Get();
-  FileDescriptor fd = memory_.ExportFd();
+  FileDescriptor fd = shared_.memory().ExportFd();
   const cuda::ExternalMemoryHandleDesc handle = {
       .handle = {.type = cuda::kOpaqueFd, .fd = fd.get()},
-      .size = memory_.allocated_bytes(),
+      .size = shared_.memory().allocated_bytes(),
   };
   driver.Check(driver.ImportMemory(&imported_, &handle), "cuImportExternalMemory");
   fd.Release();

@@ -5,23 +5,23 @@
 #include <cstdint>
 
 #include "interop/cuda_driver.h"
-#include "vulkan/device_memory.h"
+#include "vulkan/memory.h"
 
 namespace jax_aat {
 
 class CudaStaging {
  public:
-  CudaStaging(const Device& device, std::uint64_t bytes);
+  CudaStaging(MemoryManager& manager, std::uint64_t bytes);
   ~CudaStaging();
   CudaStaging(const CudaStaging&) = delete;
   CudaStaging& operator=(const CudaStaging&) = delete;
 
-  std::uint64_t bytes() const { return memory_.bytes(); }
-  VkDeviceAddress address() const { return memory_.address(); }
+  std::uint64_t bytes() const { return shared_.memory().bytes(); }
+  VkDeviceAddress address() const { return shared_.memory().address(); }
   cuda::DevicePointer pointer() const { return pointer_; }
 
  private:
-  DeviceMemory memory_;
+  MemoryManager::SharedMemory shared_;
   cuda::ExternalMemory imported_ = nullptr;
   cuda::DevicePointer pointer_ = 0;
 };

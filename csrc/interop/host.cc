@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "attention/dispatch_plan.h"
-#include "metrics/last_dispatch.h"
-#include "metrics/timestamps.h"
+#include "metrics/call_recorder.h"
 #include "vulkan/runtime.h"
 
 namespace jax_aat {
@@ -34,7 +33,7 @@ class HostOperands {
     }
   }
 
-  const OperandAddresses& addresses() const { return addresses_; }
+  OperandAddresses& addresses() { return addresses_; }
   const std::vector<BufferCopy>& copies_in() const { return copies_in_; }
   const std::vector<BufferCopy>& copies_out() const { return copies_out_; }
   std::uint64_t imported_bytes() const { return imported_bytes_; }
@@ -56,7 +55,7 @@ class HostOperands {
   };
   struct ImportedPages {
     Pages pages;
-    MemoryManager::Import import;
+    MemoryManager::SharedMemory import;
   };
   struct Staged {
     std::size_t operand;
@@ -152,27 +151,21 @@ class HostOperands {
 void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
   Runtime& runtime = Runtime::Get();
   const std::shared_ptr<Context> context = runtime.Acquire(runtime.default_device());
-  PreparedPlan prepared = context->Prepare(problem);
-  const DispatchPlan plan = prepared.plan;
-  const HostOperands operands(*context, buffers);
-  const auto timestamps = Timestamps::IfEnabled(context, plan.dispatches.size());
-  const TimelinePoint done = context->Run(std::move(prepared), operands.addresses(),
-                                          {
-                                              .copies_in = operands.copies_in(),
-                                              .copies_out = operands.copies_out(),
-                                              .host_reads = true,
-                                              .timestamps = timestamps.get(),
-                                          });
-  context->device().Wait(done);
+  CallRecorder recorder("cpu", context, problem, buffers);
+  PreparedPlan prepared = context->Prepare(recorder.problem());
+  HostOperands operands(*context, buffers);
+  recorder.Planned(prepared.plan, operands.addresses());
+  const Submission submission = context->Run(std::move(prepared), operands.addresses(),
+                                             {
+                                                 .copies_in = operands.copies_in(),
+                                                 .copies_out = operands.copies_out(),
+                                                 .host_reads = true,
+                                                 .timestamps = recorder.timestamps(),
+                                             });
+  recorder.Submitted(submission);
+  context->device().Wait(submission.done);
   operands.CopyResults();
-  RecordDispatch(problem.pass, plan,
-                 {
-                     .platform = "cpu",
-                     .device = context->device().physical().name,
-                     .imported_bytes = operands.imported_bytes(),
-                     .staged_bytes = operands.staged_bytes(),
-                     .timestamps = timestamps,
-                 });
+  recorder.Finish(operands.imported_bytes(), operands.staged_bytes());
 }
 
 }  // namespace jax_aat

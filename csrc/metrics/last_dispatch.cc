@@ -3,6 +3,8 @@
 #include <mutex>
 #include <utility>
 
+#include "metrics/profile.h"
+
 namespace jax_aat {
 namespace {
 
@@ -10,27 +12,24 @@ std::mutex mutex;
 std::optional<DispatchRecord> latest;
 std::uint64_t calls = 0;
 
-// The replaced record is destroyed by the caller, outside the lock: its timestamps may wait.
-std::optional<DispatchRecord> Exchange(std::optional<DispatchRecord> record) {
-  const std::lock_guard lock(mutex);
-  if (record) record->sequence = ++calls;
-  latest.swap(record);
-  return record;
-}
-
 }  // namespace
 
-void RecordDispatch(Pass pass, const DispatchPlan& plan, DispatchRecord record) {
-  record.pass = pass;
-  record.path = plan.path;
-  for (const Dispatch& dispatch : plan.dispatches) {
-    record.shaders.push_back(dispatch.shader);
-    record.flops.push_back(dispatch.flops);
+void RecordDispatch(DispatchRecord record) {
+  std::optional<DispatchRecord> replaced;
+  {
+    const std::lock_guard lock(mutex);
+    record.sequence = ++calls;
+    replaced = std::exchange(latest, record);
   }
-  Exchange(std::move(record));
+  // The replaced record is destroyed outside the lock: its timestamps may wait.
+  AddToProfile(std::move(record));
 }
 
-void ForgetLastDispatch() { Exchange(std::nullopt); }
+void ForgetLastDispatch() {
+  std::optional<DispatchRecord> forgotten;
+  const std::lock_guard lock(mutex);
+  latest.swap(forgotten);
+}
 
 std::optional<DispatchRecord> LastDispatch() {
   const std::lock_guard lock(mutex);

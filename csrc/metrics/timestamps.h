@@ -6,13 +6,14 @@
 #include <vector>
 
 #include "vulkan/context.h"
-#include "vulkan/device_handle.h"
 
 namespace jax_aat {
 
 // Off at the start; calls that run while it is off pay nothing. By kernel, each dispatch waits for
 // the one before it; else the call runs as it does untimed.
-void SetTiming(bool enabled, bool by_kernel);
+enum class Timing { kOff, kByCall, kByKernel };
+// Returns what it was.
+Timing SetTiming(Timing timing);
 
 struct KernelTimes {
   std::vector<double> milliseconds;  // of each dispatch; empty if not timed by kernel
@@ -36,18 +37,23 @@ class Timestamps {
   void RecordResults(VkCommandBuffer commands) const;
   void Submitted(const TimelinePoint& done) { done_ = done; }
 
-  // Waits for the device.
+  const std::shared_ptr<Context>& context() const { return context_; }
+  // Whether the device has written them.
+  bool Ready() const { return context_->device().Reached(done_); }
+  // Wait for the device. Ticks: start and end of each dispatch, or of the call.
+  std::vector<std::uint64_t> Ticks() const;
   KernelTimes Times() const;
 
  private:
   void Write(VkCommandBuffer commands, std::size_t query) const;
-  std::size_t queries() const { return by_kernel_ ? 2 * dispatches_ : 2; }
+  std::uint32_t queries() const {
+    return by_kernel_ ? 2 * static_cast<std::uint32_t>(dispatches_) : 2;
+  }
 
   const std::shared_ptr<Context> context_;
   const std::size_t dispatches_;
   const bool by_kernel_;
-  QueryPoolHandle queries_;
-  Block results_;
+  std::unique_ptr<QuerySet> set_;
   TimelinePoint done_;
 };
 

@@ -51,7 +51,8 @@ void CommandSlot::End() {
   device_.Check(device_.vk().EndCommandBuffer(buffer_), "vkEndCommandBuffer");
 }
 
-Queue::Queue(const Device& device, std::uint32_t index) : device_(device), timeline_(device) {
+Queue::Queue(const Device& device, std::uint32_t index)
+    : device_(device), index_(index), timeline_(device) {
   device.vk().GetDeviceQueue(device.handle(), device.physical().queue_family, index, &handle_);
   const VkSemaphoreTypeCreateInfo timeline = {
       .sType = VK_STRUCTURE_TYPE_SEMAPHORE_TYPE_CREATE_INFO,

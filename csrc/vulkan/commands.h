@@ -31,6 +31,8 @@ class Queue {
  public:
   Queue(const Device& device, std::uint32_t index);
 
+  std::uint32_t index() const { return index_; }
+
   // A slot whose command buffer records. Dropping it instead of submitting it is harmless.
   std::unique_ptr<CommandSlot> Begin();
 
@@ -49,6 +51,7 @@ class Queue {
   };
 
   const Device& device_;
+  const std::uint32_t index_;
   VkQueue handle_ = VK_NULL_HANDLE;
   SemaphoreHandle timeline_;
   std::mutex mutex_;

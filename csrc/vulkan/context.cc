@@ -35,7 +35,11 @@ AttentionParams WithAddresses(const DispatchPlan& plan, OperandAddresses address
 }  // namespace
 
 Context::Context(const Instance& instance, const PhysicalDevice& physical)
-    : device_(instance, physical), traits_(physical.traits), memory_(device_), pipelines_(device_) {
+    : device_(instance, physical),
+      traits_(physical.traits),
+      memory_(device_),
+      queries_(device_, memory_),
+      pipelines_(device_) {
   for (std::uint32_t i = 0; i < device_.queue_count(); ++i) {
     queues_.push_back(std::make_unique<Queue>(device_, i));
   }
@@ -86,8 +90,8 @@ PreparedPlan Context::Prepare(const AttentionProblem& problem,
   }
 }
 
-TimelinePoint Context::Run(PreparedPlan prepared, const OperandAddresses& addresses,
-                           const Surroundings& around) {
+Submission Context::Run(PreparedPlan prepared, const OperandAddresses& addresses,
+                        const Surroundings& around) {
   device_.RequireAlive();
   const DispatchPlan& plan = prepared.plan;
   std::vector<VkPipeline> pipelines;
@@ -105,11 +109,18 @@ TimelinePoint Context::Run(PreparedPlan prepared, const OperandAddresses& addres
   Queue& queue = LeastLoadedQueue();
   std::unique_ptr<CommandSlot> slot = queue.Begin();
   Record(slot->buffer(), plan, pipelines, parameters.address(), around);
+  const auto now = std::chrono::steady_clock::now();
   const TimelinePoint done = queue.Submit(std::move(slot), around.waits, around.signals);
-  if (around.timestamps != nullptr) around.timestamps->Submitted(done);
   std::move(parameters).ReleaseAt(done);
   if (prepared.block) std::move(*prepared.block).ReleaseAt(done);
-  return done;
+  return {done, queue.index(), now};
+}
+
+TimelinePoint Context::Submit(const std::function<void(VkCommandBuffer)>& record) {
+  Queue& queue = LeastLoadedQueue();
+  std::unique_ptr<CommandSlot> slot = queue.Begin();
+  record(slot->buffer());
+  return queue.Submit(std::move(slot), {}, {});
 }
 
 Queue& Context::LeastLoadedQueue() {

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -16,6 +17,7 @@
 #include "vulkan/device.h"
 #include "vulkan/memory.h"
 #include "vulkan/pipelines.h"
+#include "vulkan/query_ring.h"
 
 namespace jax_aat {
 
@@ -38,7 +40,7 @@ struct Surroundings {
   std::span<const BufferCopy> copies_out;
   bool host_reads = false;  // the host reads what the device wrote
   std::span<const TimelinePoint> signals;
-  Timestamps* timestamps = nullptr;  // times the dispatches
+  const Timestamps* timestamps = nullptr;  // times the dispatches
 };
 
 // A plan with the scratch that it takes: a block of the context's, or somebody else's.
@@ -46,6 +48,13 @@ struct PreparedPlan {
   DispatchPlan plan;
   VkDeviceAddress scratch = 0;
   std::optional<Block> block;
+};
+
+// What was handed to the device.
+struct Submission {
+  TimelinePoint done;  // reached when all of it is
+  std::uint32_t queue = 0;
+  std::chrono::steady_clock::time_point handed_over;  // just before
 };
 
 class Context {
@@ -57,16 +66,20 @@ class Context {
   const Device& device() const { return device_; }
   const DeviceTraits& traits() const { return traits_; }
   MemoryManager& memory() { return memory_; }
+  QueryRing& queries() { return queries_; }
+  Pipelines& pipelines() { return pipelines_; }
 
   // Plans a call within the memory that can be had. `lent` may give scratch of so many bytes that
   // is its caller's, in order with the submission; where it answers 0 the context takes its own.
   PreparedPlan Prepare(const AttentionProblem& problem,
                        const std::function<VkDeviceAddress(std::uint64_t)>& lent = {});
 
-  // Submits the plan and returns without waiting for it; the point is reached when everything is
-  // done. The parameter block is the context's own.
-  TimelinePoint Run(PreparedPlan prepared, const OperandAddresses& addresses,
-                    const Surroundings& around);
+  // Submits the plan and returns without waiting for it. The parameter block is the context's own.
+  Submission Run(PreparedPlan prepared, const OperandAddresses& addresses,
+                 const Surroundings& around);
+
+  // Submits what `record` records.
+  TimelinePoint Submit(const std::function<void(VkCommandBuffer)>& record);
 
   // What the interop layer keeps for the context's life: one object, made when first asked for and
   // destroyed before the device.
@@ -87,6 +100,7 @@ class Context {
   const Device device_;
   DeviceTraits traits_;
   MemoryManager memory_;
+  QueryRing queries_;
   Pipelines pipelines_;
   std::vector<std::unique_ptr<Queue>> queues_;
   std::atomic<std::uint32_t> next_queue_ = 0;

@@ -19,6 +19,7 @@ namespace jax_aat {
   X(GetPhysicalDeviceFeatures2)                      \
   X(GetPhysicalDeviceMemoryProperties2)              \
   X(GetPhysicalDeviceQueueFamilyProperties)          \
+  X(GetPhysicalDeviceCalibrateableTimeDomainsEXT)    \
   X(GetPhysicalDeviceCooperativeMatrixPropertiesKHR) \
   X(CreateDevice)                                    \
   X(GetDeviceProcAddr)                               \
@@ -69,6 +70,7 @@ namespace jax_aat {
   X(DestroyQueryPool)                   \
   X(ResetQueryPool)                     \
   X(CmdWriteTimestamp2)                 \
+  X(GetCalibratedTimestampsEXT)         \
   X(GetPipelineExecutablePropertiesKHR) \
   X(GetPipelineExecutableStatisticsKHR) \
   X(CmdCopyQueryPoolResults)

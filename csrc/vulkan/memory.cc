@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "vulkan/local_heap.h"
 #include "vulkan/status.h"
 #include "vulkan/text.h"
 
@@ -19,6 +20,9 @@ constexpr VkMemoryPropertyFlags kCached = VK_MEMORY_PROPERTY_HOST_CACHED_BIT;
 // A chunk that serves many blocks takes no more than this part of the bound, so that every pool
 // finds room.
 constexpr std::uint64_t kSharesOfLimit = 16;
+
+// The least that the pools may hold: their smallest chunks.
+constexpr std::uint64_t kMinBound = kPurposeCount * MemoryPool::kMinChunk;
 
 // The memory type for the first choice of flags that any type has.
 std::uint32_t MemoryType(const Device& device,
@@ -45,23 +49,10 @@ std::uint64_t MemoryLimit(const Device& device) {
     }
     return limit;
   }
-  VkPhysicalDeviceMemoryBudgetPropertiesEXT budget = {
-      VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_BUDGET_PROPERTIES_EXT};
-  VkPhysicalDeviceMemoryProperties2 memory = {
-      VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_MEMORY_PROPERTIES_2};
-  const bool budgeted = device.physical().HasExtension(VK_EXT_MEMORY_BUDGET_EXTENSION_NAME);
-  if (budgeted) memory.pNext = &budget;
-  device.instance_vk().GetPhysicalDeviceMemoryProperties2(device.physical().handle, &memory);
-  std::uint64_t available = 0;
-  for (std::uint32_t i = 0; i < memory.memoryProperties.memoryHeapCount; ++i) {
-    const VkMemoryHeap& heap = memory.memoryProperties.memoryHeaps[i];
-    if (!(heap.flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT)) continue;
-    std::uint64_t bytes = heap.size;
-    if (budgeted) {
-      bytes = budget.heapBudget[i] - std::min(budget.heapUsage[i], budget.heapBudget[i]);
-    }
-    available = std::max(available, bytes);
-  }
+  const LocalHeap heap = LargestLocalHeap(device);
+  const std::uint64_t available =
+      heap.budget ? heap.budget->bytes - std::min(heap.budget->usage, heap.budget->bytes)
+                  : heap.bytes;
   return available / 5 * 4;
 }
 
@@ -117,16 +108,16 @@ Block MemoryManager::Allocate(Purpose purpose, std::uint64_t bytes) {
   const std::uint64_t size = MemoryPool::SizeClass(bytes);
   const std::lock_guard lock(mutex_);
   MemoryPool& pool = pools_[static_cast<std::size_t>(purpose)];
-  pool.Collect(false);
+  CollectLocked(false);
   std::optional<MemoryPool::Range> range = TryAllocate(pool, size);
   if (!range) {
-    TrimLocked();
+    ReturnIdle(0);
     range = TryAllocate(pool, size);
   }
   if (!range) {
     // Blocks that only the device still uses come back without anybody's help.
-    for (MemoryPool& other : pools_) other.Collect(true);
-    TrimLocked();
+    CollectLocked(true);
+    ReturnIdle(0);
     range = TryAllocate(pool, size);
   }
   if (!range) {
@@ -137,29 +128,32 @@ Block MemoryManager::Allocate(Purpose purpose, std::uint64_t bytes) {
                        "may have ",
                        device_.physical().max_allocation_bytes, " bytes on this device)."));
   }
-  std::uint64_t in_use = 0;
-  for (const MemoryPool& each : pools_) in_use += each.in_use_bytes();
-  peak_in_use_ = std::max(peak_in_use_, in_use);
+  peak_in_use_ = std::max(peak_in_use_, InUse());
   peak_reserved_ = std::max(peak_reserved_, Reserved());
   return Block(*this, purpose, *range);
 }
 
 std::optional<MemoryPool::Range> MemoryManager::TryAllocate(MemoryPool& pool, std::uint64_t bytes) {
-  if (auto range = pool.Allocate(bytes)) return range;
+  ++allocations_;
+  if (auto range = pool.Allocate(bytes, allocations_)) return range;
+  const std::uint64_t max_bytes = device_.physical().max_allocation_bytes;
+  if (bytes > std::min(limit_, max_bytes)) return std::nullopt;
+  const std::uint64_t bound = std::min(Bound(InUse() + bytes), limit_);
+  const std::uint64_t least = std::min(std::max(bytes, MemoryPool::kMinChunk), bound);
+  ReturnIdle(bound - least);
   const std::uint64_t reserved = Reserved();
-  std::uint64_t allocations = live_imports_;
+  std::uint64_t allocations = 0;
   for (const MemoryPool& each : pools_) allocations += each.chunks();
-  if (reserved + bytes > limit_ || bytes > device_.physical().max_allocation_bytes ||
-      allocations >= max_allocations_) {
-    return std::nullopt;
-  }
+  for (const MemoryStatistics::Shared& each : shared_) allocations += each.live;
+  if (reserved + bytes > limit_ || allocations >= max_allocations_) return std::nullopt;
+  const std::uint64_t room = std::max(bound - std::min(bound, reserved), MemoryPool::kMinChunk);
   const std::uint64_t generous = std::min(
-      {limit_ - reserved, limit_ / kSharesOfLimit, device_.physical().max_allocation_bytes});
+      {pool.NextChunkBytes(), room, limit_ - reserved, limit_ / kSharesOfLimit, max_bytes});
   // Where the driver has no room for a generous chunk, it may have some for this block alone.
-  for (const std::uint64_t most : {generous, bytes}) {
+  for (const std::uint64_t size : {std::max(bytes, generous), bytes}) {
     try {
-      pool.Grow(bytes, most);
-      return pool.Allocate(bytes);
+      pool.Grow(size);
+      return pool.Allocate(bytes, allocations_);
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kOutOfMemory) throw;
     }
@@ -170,6 +164,7 @@ std::optional<MemoryPool::Range> MemoryManager::TryAllocate(MemoryPool& pool, st
 void MemoryManager::Free(Purpose purpose, const MemoryPool::Range& range) {
   const std::lock_guard lock(mutex_);
   pools_[static_cast<std::size_t>(purpose)].Free(range);
+  ReturnIdle(Bound(0));
 }
 
 void MemoryManager::FreeAt(Purpose purpose, const MemoryPool::Range& range,
@@ -178,50 +173,75 @@ void MemoryManager::FreeAt(Purpose purpose, const MemoryPool::Range& range,
   pools_[static_cast<std::size_t>(purpose)].FreeAt(range, point);
 }
 
-std::optional<MemoryManager::Import> MemoryManager::ImportHost(void* pages, std::uint64_t bytes) {
+std::optional<MemoryManager::SharedMemory> MemoryManager::ImportHost(void* pages,
+                                                                     std::uint64_t bytes) {
   if (bytes > device_.physical().max_allocation_bytes) return std::nullopt;
   std::optional<DeviceMemory> memory = DeviceMemory::ImportHost(device_, pages, bytes);
   if (!memory) return std::nullopt;
-  return Import(*this, std::move(*memory));
+  return SharedMemory(*this, Sharing::kHostImport, std::move(*memory));
 }
 
-MemoryManager::Import::Import(MemoryManager& manager, DeviceMemory memory)
-    : manager_(&manager), memory_(std::move(memory)) {
+std::optional<MemoryManager::SharedMemory> MemoryManager::ImportCuda(FileDescriptor fd,
+                                                                     std::uint64_t bytes) {
+  std::optional<DeviceMemory> memory = DeviceMemory::ImportFd(device_, std::move(fd), bytes);
+  if (!memory) return std::nullopt;
+  return SharedMemory(*this, Sharing::kCudaImport, std::move(*memory));
+}
+
+MemoryManager::SharedMemory MemoryManager::ExportToCuda(std::uint64_t bytes) {
+  return SharedMemory(*this, Sharing::kCudaExport, DeviceMemory::Exportable(device_, bytes));
+}
+
+MemoryManager::SharedMemory::SharedMemory(MemoryManager& manager, Sharing sharing,
+                                          DeviceMemory memory)
+    : manager_(&manager), sharing_(sharing), memory_(std::move(memory)) {
   const std::lock_guard lock(manager.mutex_);
-  ++manager.imports_;
-  ++manager.live_imports_;
+  MemoryStatistics::Shared& shared = manager.shared_[static_cast<std::size_t>(sharing)];
+  ++shared.live;
+  shared.live_bytes += memory_.bytes();
+  ++shared.total;
 }
 
-MemoryManager::Import::~Import() {
+MemoryManager::SharedMemory::~SharedMemory() {
   if (manager_ == nullptr) return;
   const std::lock_guard lock(manager_->mutex_);
-  --manager_->live_imports_;
+  MemoryStatistics::Shared& shared = manager_->shared_[static_cast<std::size_t>(sharing_)];
+  --shared.live;
+  shared.live_bytes -= memory_.bytes();
 }
 
 std::uint64_t MemoryManager::Trim() {
   const std::lock_guard lock(mutex_);
-  for (MemoryPool& pool : pools_) pool.Collect(false);
-  return TrimLocked();
+  const std::uint64_t before = Reserved();
+  CollectLocked(false);
+  ReturnIdle(0);
+  return before - Reserved();
 }
 
 MemoryStatistics MemoryManager::Statistics() {
   const std::lock_guard lock(mutex_);
-  MemoryStatistics statistics;
+  CollectLocked(false);
+  MemoryStatistics statistics = {.shared = shared_, .limit_bytes = limit_};
+  MemoryStatistics::Pool& total = statistics.total;
+  total = {.reserved_bytes = Reserved(),
+           .in_use_bytes = InUse(),
+           .peak_reserved_bytes = peak_reserved_,
+           .peak_in_use_bytes = peak_in_use_};
   for (std::size_t i = 0; i < kPurposeCount; ++i) {
-    pools_[i].Collect(false);
-    MemoryStatistics::Pool& pool = statistics.pools[i];
-    pool = {pools_[i].reserved_bytes(), pools_[i].in_use_bytes(), pools_[i].blocks(),
-            pools_[i].chunks()};
-    statistics.total.reserved_bytes += pool.reserved_bytes;
-    statistics.total.in_use_bytes += pool.in_use_bytes;
-    statistics.total.blocks += pool.blocks;
-    statistics.total.allocations += pool.allocations;
+    const MemoryPool& pool = pools_[i];
+    statistics.pools[i] = {.reserved_bytes = pool.reserved_bytes(),
+                           .in_use_bytes = pool.in_use_bytes(),
+                           .peak_reserved_bytes = pool.peak_reserved_bytes(),
+                           .peak_in_use_bytes = pool.peak_in_use_bytes(),
+                           .largest_free_bytes = pool.LargestFree(),
+                           .blocks = pool.blocks(),
+                           .allocations = pool.chunks(),
+                           .total_allocations = pool.total_chunks()};
+    total.largest_free_bytes += pool.LargestFree();
+    total.blocks += pool.blocks();
+    total.allocations += pool.chunks();
+    total.total_allocations += pool.total_chunks();
   }
-  statistics.peak_reserved_bytes = peak_reserved_;
-  statistics.peak_in_use_bytes = peak_in_use_;
-  statistics.limit_bytes = limit_;
-  statistics.imports = imports_;
-  statistics.live_imports = live_imports_;
   return statistics;
 }
 
@@ -231,10 +251,35 @@ std::uint64_t MemoryManager::Reserved() const {
   return bytes;
 }
 
-std::uint64_t MemoryManager::TrimLocked() {
+std::uint64_t MemoryManager::InUse() const {
   std::uint64_t bytes = 0;
-  for (MemoryPool& pool : pools_) bytes += pool.Trim();
+  for (const MemoryPool& pool : pools_) bytes += pool.in_use_bytes();
   return bytes;
+}
+
+std::uint64_t MemoryManager::Bound(std::uint64_t in_use) const {
+  const std::uint64_t peak = std::max(peak_in_use_, in_use);
+  return std::max(peak + peak / 2, kMinBound);
+}
+
+void MemoryManager::CollectLocked(bool wait) {
+  for (MemoryPool& pool : pools_) pool.Collect(wait);
+  ReturnIdle(Bound(0));
+}
+
+void MemoryManager::ReturnIdle(std::uint64_t bytes) {
+  while (Reserved() > bytes) {
+    MemoryPool* pool = nullptr;
+    std::uint64_t oldest = UINT64_MAX;
+    for (MemoryPool& each : pools_) {
+      const std::uint64_t last_use = each.OldestIdle().value_or(UINT64_MAX);
+      if (last_use >= oldest) continue;
+      pool = &each;
+      oldest = last_use;
+    }
+    if (pool == nullptr) return;
+    pool->ReturnOldestIdle();
+  }
 }
 
 }  // namespace jax_aat

@@ -61,20 +61,34 @@ class Block {
   Purpose purpose_ = Purpose::kState;
 };
 
+// Memory that is shared with others and lies in no pool.
+enum class Sharing {
+  kHostImport,  // pages of the host
+  kCudaImport,  // allocations of CUDA
+  kCudaExport,  // memory of ours that CUDA maps
+};
+inline constexpr std::size_t kSharingCount = 3;
+
 struct MemoryStatistics {
   struct Pool {
     std::uint64_t reserved_bytes = 0;  // held from the driver
     std::uint64_t in_use_bytes = 0;    // in blocks that are held or that the device still uses
-    std::uint64_t blocks = 0;          // the number of these blocks
-    std::uint64_t allocations = 0;     // VkDeviceMemory objects
+    std::uint64_t peak_reserved_bytes = 0;
+    std::uint64_t peak_in_use_bytes = 0;
+    std::uint64_t largest_free_bytes = 0;  // of the free ranges; in total: their sum over the pools
+    std::uint64_t blocks = 0;              // the number of blocks in use
+    std::uint64_t allocations = 0;         // VkDeviceMemory objects
+    std::uint64_t total_allocations = 0;   // so far
+  };
+  struct Shared {
+    std::uint64_t live = 0;
+    std::uint64_t live_bytes = 0;
+    std::uint64_t total = 0;  // so far
   };
   std::array<Pool, kPurposeCount> pools;
   Pool total;
-  std::uint64_t peak_reserved_bytes = 0;
-  std::uint64_t peak_in_use_bytes = 0;
+  std::array<Shared, kSharingCount> shared;
   std::uint64_t limit_bytes = 0;
-  std::uint64_t imports = 0;  // host memory imports since the start
-  std::uint64_t live_imports = 0;
 };
 
 class MemoryManager {
@@ -86,20 +100,27 @@ class MemoryManager {
   // Throws Error (kOutOfMemory) where neither idle memory nor a wait for the device helps.
   Block Allocate(Purpose purpose, std::uint64_t bytes);
 
-  // Host pages as device memory, until destroyed; empty where that is not possible.
-  class Import {
+  // Memory that is shared with others, counted until it is destroyed.
+  class SharedMemory {
    public:
-    Import(MemoryManager& manager, DeviceMemory memory);
-    ~Import();
-    Import(Import&& other) noexcept
-        : manager_(std::exchange(other.manager_, nullptr)), memory_(std::move(other.memory_)) {}
+    SharedMemory(MemoryManager& manager, Sharing sharing, DeviceMemory memory);
+    ~SharedMemory();
+    SharedMemory(SharedMemory&& other) noexcept
+        : manager_(std::exchange(other.manager_, nullptr)),
+          sharing_(other.sharing_),
+          memory_(std::move(other.memory_)) {}
     const DeviceMemory& memory() const { return memory_; }
 
    private:
     MemoryManager* manager_;
+    Sharing sharing_;
     DeviceMemory memory_;
   };
-  std::optional<Import> ImportHost(void* pages, std::uint64_t bytes);
+  // Host pages as device memory; empty where that is not possible.
+  std::optional<SharedMemory> ImportHost(void* pages, std::uint64_t bytes);
+  // An allocation of CUDA; empty where the driver refuses it.
+  std::optional<SharedMemory> ImportCuda(FileDescriptor fd, std::uint64_t bytes);
+  SharedMemory ExportToCuda(std::uint64_t bytes);
 
   // Bytes that all pools together may hold.
   std::uint64_t limit() const { return limit_; }
@@ -115,7 +136,12 @@ class MemoryManager {
   void FreeAt(Purpose purpose, const MemoryPool::Range& range, const TimelinePoint& point);
 
   std::uint64_t Reserved() const;
-  std::uint64_t TrimLocked();
+  std::uint64_t InUse() const;
+  // Bytes that the pools may hold once so many are in use.
+  std::uint64_t Bound(std::uint64_t in_use) const;
+  void CollectLocked(bool wait);
+  // Gives idle chunks back, least recently used first, until the pools hold no more than that.
+  void ReturnIdle(std::uint64_t bytes);
   std::optional<MemoryPool::Range> TryAllocate(MemoryPool& pool, std::uint64_t bytes);
 
   const Device& device_;
@@ -125,8 +151,8 @@ class MemoryManager {
   std::array<MemoryPool, kPurposeCount> pools_;
   std::uint64_t peak_reserved_ = 0;
   std::uint64_t peak_in_use_ = 0;
-  std::uint64_t imports_ = 0;
-  std::uint64_t live_imports_ = 0;
+  std::uint64_t allocations_ = 0;  // of blocks so far
+  std::array<MemoryStatistics::Shared, kSharingCount> shared_;
 };
 
 }  // namespace jax_aat

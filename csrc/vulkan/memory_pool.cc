@@ -8,7 +8,6 @@ namespace jax_aat {
 namespace {
 
 constexpr std::uint64_t kMinBlock = 256;
-constexpr std::uint64_t kMinChunk = std::uint64_t{1} << 20;
 constexpr std::uint64_t kMaxChunk = std::uint64_t{256} << 20;
 
 }  // namespace
@@ -18,24 +17,33 @@ std::uint64_t MemoryPool::SizeClass(std::uint64_t bytes) {
   return std::max((bytes + step - 1) / step * step, kMinBlock);
 }
 
-std::optional<MemoryPool::Range> MemoryPool::Allocate(std::uint64_t bytes) {
+std::optional<MemoryPool::Range> MemoryPool::Allocate(std::uint64_t bytes, std::uint64_t use) {
+  Chunk* best = nullptr;
+  std::uint64_t least = UINT64_MAX;
   for (const auto& chunk : chunks_) {
-    if (const auto offset = chunk->ranges.Allocate(bytes)) {
-      in_use_bytes_ += bytes;
-      ++blocks_;
-      return Range{chunk.get(), *offset, bytes};
-    }
+    const std::uint64_t free = chunk->ranges.BestFit(bytes).value_or(UINT64_MAX);
+    if (free >= least) continue;
+    best = chunk.get();
+    least = free;
   }
-  return std::nullopt;
+  if (best == nullptr) return std::nullopt;
+  best->last_use = use;
+  in_use_bytes_ += bytes;
+  peak_in_use_bytes_ = std::max(peak_in_use_bytes_, in_use_bytes_);
+  ++blocks_;
+  return Range{best, *best->ranges.Allocate(bytes), bytes};
 }
 
-void MemoryPool::Grow(std::uint64_t bytes, std::uint64_t most) {
-  // Doubling keeps the number of allocations logarithmic in the memory that is used.
-  const std::uint64_t wanted = std::clamp(std::bit_ceil(reserved_bytes_), kMinChunk, kMaxChunk);
-  const std::uint64_t size = std::max(bytes, std::min(wanted, most));
+std::uint64_t MemoryPool::NextChunkBytes() const {
+  return std::clamp(std::bit_ceil(reserved_bytes_), kMinChunk, kMaxChunk);
+}
+
+void MemoryPool::Grow(std::uint64_t bytes) {
   chunks_.push_back(
-      std::make_unique<Chunk>(DeviceMemory(device_, memory_type_, size), RangeAllocator(size)));
-  reserved_bytes_ += size;
+      std::make_unique<Chunk>(DeviceMemory(device_, memory_type_, bytes), RangeAllocator(bytes)));
+  reserved_bytes_ += bytes;
+  peak_reserved_bytes_ = std::max(peak_reserved_bytes_, reserved_bytes_);
+  ++total_chunks_;
 }
 
 void MemoryPool::Free(const Range& range) {
@@ -62,14 +70,27 @@ void MemoryPool::Collect(bool wait) {
   });
 }
 
-std::uint64_t MemoryPool::Trim() {
-  const std::uint64_t before = reserved_bytes_;
-  std::erase_if(chunks_, [this](const std::unique_ptr<Chunk>& chunk) {
-    if (!chunk->ranges.empty()) return false;
-    reserved_bytes_ -= chunk->memory.bytes();
-    return true;
+std::optional<std::uint64_t> MemoryPool::OldestIdle() const {
+  std::optional<std::uint64_t> oldest;
+  for (const auto& chunk : chunks_) {
+    if (chunk->ranges.empty()) oldest = std::min(chunk->last_use, oldest.value_or(UINT64_MAX));
+  }
+  return oldest;
+}
+
+void MemoryPool::ReturnOldestIdle() {
+  const std::uint64_t oldest = OldestIdle().value();
+  const auto found = std::ranges::find_if(chunks_, [&](const auto& chunk) {
+    return chunk->ranges.empty() && chunk->last_use == oldest;
   });
-  return before - reserved_bytes_;
+  reserved_bytes_ -= (*found)->memory.bytes();
+  chunks_.erase(found);
+}
+
+std::uint64_t MemoryPool::LargestFree() const {
+  std::uint64_t bytes = 0;
+  for (const auto& chunk : chunks_) bytes = std::max(bytes, chunk->ranges.largest_free());
+  return bytes;
 }
 
 }  // namespace jax_aat

@@ -1,38 +1,30 @@
 #include "vulkan/pipeline_statistics.h"
 
 #include <cstdint>
-#include <vector>
-
-#include "vulkan/logging.h"
-#include "vulkan/text.h"
 
 namespace jax_aat {
 namespace {
 
-std::string ValueWords(const VkPipelineExecutableStatisticKHR& statistic) {
+double ValueOf(const VkPipelineExecutableStatisticKHR& statistic) {
   switch (statistic.format) {
     case VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_BOOL32_KHR:
-      return statistic.value.b32 ? "yes" : "no";
+      return statistic.value.b32 != 0 ? 1 : 0;
     case VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_INT64_KHR:
-      return Concat(statistic.value.i64);
+      return static_cast<double>(statistic.value.i64);
     case VK_PIPELINE_EXECUTABLE_STATISTIC_FORMAT_UINT64_KHR:
-      return Concat(statistic.value.u64);
+      return static_cast<double>(statistic.value.u64);
     default:
-      return Concat(statistic.value.f64);
+      return statistic.value.f64;
   }
 }
 
 }  // namespace
 
-VkPipelineCreateFlags StatisticsFlags(const Device& device) {
-  const bool wanted =
-      LogEnabled(LogLevel::kDebug) &&
-      device.physical().HasExtension(VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
-  return wanted ? VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR : 0;
+bool HasStatistics(const Device& device) {
+  return device.physical().HasExtension(VK_KHR_PIPELINE_EXECUTABLE_PROPERTIES_EXTENSION_NAME);
 }
 
-std::string StatisticsWords(const Device& device, VkPipeline pipeline) {
-  if (StatisticsFlags(device) == 0) return "";
+std::vector<PipelineStatistic> StatisticsOf(const Device& device, VkPipeline pipeline) {
   const DeviceTable& vk = device.vk();
   const VkPipelineInfoKHR info = {
       .sType = VK_STRUCTURE_TYPE_PIPELINE_INFO_KHR,
@@ -41,7 +33,7 @@ std::string StatisticsWords(const Device& device, VkPipeline pipeline) {
   std::uint32_t executables = 0;
   device.Check(vk.GetPipelineExecutablePropertiesKHR(device.handle(), &info, &executables, nullptr),
                "vkGetPipelineExecutablePropertiesKHR");
-  std::string words;
+  std::vector<PipelineStatistic> found;
   for (std::uint32_t i = 0; i < executables; ++i) {
     const VkPipelineExecutableInfoKHR executable = {
         .sType = VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_INFO_KHR,
@@ -59,10 +51,10 @@ std::string StatisticsWords(const Device& device, VkPipeline pipeline) {
         count, {VK_STRUCTURE_TYPE_PIPELINE_EXECUTABLE_STATISTIC_KHR});
     get(statistics.data());
     for (const auto& statistic : statistics) {
-      words += Concat(", ", statistic.name, " ", ValueWords(statistic));
+      found.push_back({statistic.name, ValueOf(statistic)});
     }
   }
-  return words;
+  return found;
 }
 
 }  // namespace jax_aat

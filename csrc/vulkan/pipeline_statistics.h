@@ -1,17 +1,24 @@
-// What the driver's compiler tells of a pipeline (registers, spills), for the debug log: a kernel
-// that spills is slow without any other sign.
+// What the driver's compiler tells of a pipeline (registers, spills): a kernel that spills is slow
+// without any other sign.
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "vulkan/device.h"
 
 namespace jax_aat {
 
-// Flags with which a pipeline must be created to be asked: none below log level debug.
-VkPipelineCreateFlags StatisticsFlags(const Device& device);
+struct PipelineStatistic {
+  std::string name;  // the driver's
+  double value = 0;  // 0 and 1 for no and yes
+};
 
-// ", name value" for every statistic; empty where the driver has none.
-std::string StatisticsWords(const Device& device, VkPipeline pipeline);
+// Whether the driver tells anything. A pipeline must be created to be asked, with
+// VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR.
+bool HasStatistics(const Device& device);
+
+// All of the pipeline's executables.
+std::vector<PipelineStatistic> StatisticsOf(const Device& device, VkPipeline pipeline);
 
 }  // namespace jax_aat

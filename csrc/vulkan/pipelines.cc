@@ -5,7 +5,6 @@
 #include <chrono>
 
 #include "vulkan/logging.h"
-#include "vulkan/pipeline_statistics.h"
 #include "vulkan/shaders.h"
 #include "vulkan/text.h"
 
@@ -41,7 +40,7 @@ VkPipeline Pipelines::Get(const Dispatch& dispatch) {
   }
   if (!mine) return future.get().get();
   try {
-    promise.set_value(Compile(dispatch));
+    promise.set_value(Compile(dispatch, /*with_statistics=*/false));
   } catch (...) {
     // Those who wait get the error, the next to ask tries again.
     promise.set_exception(std::current_exception());
@@ -51,6 +50,27 @@ VkPipeline Pipelines::Get(const Dispatch& dispatch) {
   }
   cache_.Save();
   return future.get().get();
+}
+
+std::vector<Pipelines::Statistics> Pipelines::CollectStatistics() {
+  if (!HasStatistics(device_)) return {};
+  std::vector<Dispatch> dispatches;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [key, pipeline] : pipelines_) {
+      const auto& [shader, specialization, subgroup_size] = key;
+      dispatches.push_back({.shader = shader,
+                            .specialization = specialization,
+                            .required_subgroup_size = subgroup_size});
+    }
+  }
+  std::vector<Statistics> collected;
+  for (const Dispatch& dispatch : dispatches) {
+    const PipelineHandle pipeline = Compile(dispatch, /*with_statistics=*/true);
+    collected.push_back(
+        {dispatch.shader, dispatch.specialization, StatisticsOf(device_, pipeline.get())});
+  }
+  return collected;
 }
 
 void Pipelines::CheckLimits(const Dispatch& dispatch) const {
@@ -99,7 +119,7 @@ VkShaderModule Pipelines::Module(const std::string& shader) {
   return modules_.emplace(shader, std::move(module)).first->second.get();
 }
 
-PipelineHandle Pipelines::Compile(const Dispatch& dispatch) {
+PipelineHandle Pipelines::Compile(const Dispatch& dispatch, bool with_statistics) {
   CheckLimits(dispatch);
   const auto start = std::chrono::steady_clock::now();
   std::vector<VkSpecializationMapEntry> entries;
@@ -118,7 +138,9 @@ PipelineHandle Pipelines::Compile(const Dispatch& dispatch) {
   };
   const VkComputePipelineCreateInfo info = {
       .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
-      .flags = StatisticsFlags(device_),
+      .flags = with_statistics
+                   ? VkPipelineCreateFlags{VK_PIPELINE_CREATE_CAPTURE_STATISTICS_BIT_KHR}
+                   : 0,
       .stage =
           {
               .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO,
@@ -131,13 +153,13 @@ PipelineHandle Pipelines::Compile(const Dispatch& dispatch) {
       .layout = layout_.get(),
   };
   PipelineHandle pipeline(device_);
-  device_.Check(device_.vk().CreateComputePipelines(device_.handle(), cache_.handle(), 1, &info,
-                                                    nullptr, pipeline.out()),
+  const VkPipelineCache cache = with_statistics ? VK_NULL_HANDLE : cache_.handle();
+  device_.Check(device_.vk().CreateComputePipelines(device_.handle(), cache, 1, &info, nullptr,
+                                                    pipeline.out()),
                 "vkCreateComputePipelines");
   if (LogEnabled(LogLevel::kDebug)) {
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
-    Log(LogLevel::kDebug, Concat("compiled ", dispatch.shader, " in ", took.count(), " ms",
-                                 StatisticsWords(device_, pipeline.get())));
+    Log(LogLevel::kDebug, Concat("compiled ", dispatch.shader, " in ", took.count(), " ms"));
   }
   return pipeline;
 }

@@ -13,6 +13,7 @@
 #include "attention/dispatch_plan.h"
 #include "vulkan/device.h"
 #include "vulkan/pipeline_cache.h"
+#include "vulkan/pipeline_statistics.h"
 
 namespace jax_aat {
 
@@ -33,12 +34,21 @@ class Pipelines {
   // in the making wait for it. Throws Error where the device's limits do not allow it.
   VkPipeline Get(const Dispatch& dispatch);
 
+  struct Statistics {
+    std::string shader;
+    std::vector<std::uint32_t> specialization;
+    std::vector<PipelineStatistic> statistics;
+  };
+  // Of all pipelines so far, which are compiled once more for it; empty where the driver has none.
+  std::vector<Statistics> CollectStatistics();
+
  private:
   using Key = std::tuple<std::string, std::vector<std::uint32_t>, std::uint32_t>;
 
   void CheckLimits(const Dispatch& dispatch) const;
   VkShaderModule Module(const std::string& shader);
-  PipelineHandle Compile(const Dispatch& dispatch);
+  // With statistics: to be asked, not to run; no cache is used, which may lack them.
+  PipelineHandle Compile(const Dispatch& dispatch, bool with_statistics);
 
   const Device& device_;
   PipelineCache cache_;

@@ -4,6 +4,12 @@
 
 namespace jax_aat {
 
+std::optional<std::uint64_t> RangeAllocator::BestFit(std::uint64_t bytes) const {
+  const auto found = by_size_.lower_bound({bytes, 0});
+  if (found == by_size_.end()) return std::nullopt;
+  return found->first;
+}
+
 std::optional<std::uint64_t> RangeAllocator::Allocate(std::uint64_t bytes) {
   const auto found = by_size_.lower_bound({bytes, 0});
   if (found == by_size_.end()) return std::nullopt;

@@ -13,10 +13,14 @@ class RangeAllocator {
  public:
   explicit RangeAllocator(std::uint64_t size) : size_(size) { Insert(0, size); }
 
-  // The offset of a free range of the given size, if there is one.
+  // The bytes of the smallest free range that holds so many, if there is one.
+  std::optional<std::uint64_t> BestFit(std::uint64_t bytes) const;
+  // The offset of a range of the given size, if a free range holds it.
   std::optional<std::uint64_t> Allocate(std::uint64_t bytes);
   void Free(std::uint64_t offset, std::uint64_t bytes);
-  bool empty() const { return by_offset_.size() == 1 && by_offset_.begin()->second == size_; }
+  bool empty() const { return largest_free() == size_; }
+  // The bytes of the largest free range.
+  std::uint64_t largest_free() const { return by_size_.empty() ? 0 : by_size_.rbegin()->first; }
 
  private:
   void Insert(std::uint64_t offset, std::uint64_t bytes);

@@ -63,7 +63,8 @@ using uint = std::uint32_t;
 // Of a call that makes its coarse rows, by super-tile: the state; and by as many queries its gradient.
 #define OPERAND_STATE 41  // common/state.glsl
 #define OPERAND_DSTATE 42
-#define OPERAND_COUNT 43
+#define OPERAND_WORK_COUNTS 43  // count_work.comp, for a profile
+#define OPERAND_COUNT 44
 
 #define MAX_BATCH_AXES 4
 

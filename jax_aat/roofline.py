@@ -1,0 +1,80 @@
+"""What a device can do at most, measured once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+from jax_aat import vulkan
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The roof of a roofline (Williams, Waterman and Patterson, CACM 52, 2009).
+
+    Attributes:
+      device: Name of the device.
+      matrix_flops: FLOP/s by dtype of the operands, as the kernels of that dtype multiply: by
+        cooperative matrices where the device has them in a known layout, else in float32. From
+        registers, which no kernel that reads memory reaches.
+      bandwidth: Bytes a second that a copy reads and writes.
+    """
+
+    device: str
+    matrix_flops: Mapping[str, float]
+    bandwidth: float
+
+
+def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool = False) -> Ceilings:
+    """Ceilings of a device; the first time they are measured, which takes about a second.
+
+    They are kept beside the compiled pipelines (`JAX_AAT_CACHE_DIR`), by device and driver.
+
+    Args:
+      device: One of `jax_aat.devices()`, itself or its index; None: the default one.
+      measure_again: Whether to measure in any case: a device that others used is remembered as
+        slower than it is.
+
+    Raises:
+      RuntimeError: Vulkan cannot be used, or the device has no timestamps.
+      ValueError: There is no such device.
+    """
+    chosen = vulkan.find_device(device)
+    file = _file(chosen)
+    if file is not None and file.exists() and not measure_again:
+        return _ceilings(chosen, json.loads(file.read_text()))
+    from jax_aat import _native
+
+    measured = cast(dict[str, float], _native.measure_ceilings(chosen.index))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(measured))
+        part.replace(file)
+    return _ceilings(chosen, measured)
+
+
+def _file(device: vulkan.Device) -> Path | None:
+    """Where the ceilings of the device are kept; None where no folder is to be had."""
+    from jax_aat import _native
+
+    pipelines = _native.cache_path()
+    if not pipelines:
+        return None
+    driver = zlib.crc32(device.driver.encode())
+    return Path(pipelines).parent / f"{device.uuid}-{driver:08x}.ceilings.json"
+
+
+def _ceilings(device: vulkan.Device, measured: Mapping[str, float]) -> Ceilings:
+    # Read again: a context has probed what the device does not tell.
+    traits = vulkan.devices()[device.index].traits
+    flops = dict.fromkeys(vulkan.DTYPES, measured["products"])
+    for dtype in ("float16", "bfloat16"):
+        if traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]:
+            flops[dtype] = measured[f"{dtype}_matrices"]
+    return Ceilings(device.name, MappingProxyType(flops), measured["bandwidth"])

@@ -1,0 +1,33 @@
+#version 460
+// Multiplies 16x16 matrices in registers, to measure how fast the *_coopmat kernels could be. A
+// subgroup makes STEPS * CHAINS products; the result is stored, lest a compiler leave them out.
+#extension GL_EXT_buffer_reference : require
+#extension GL_EXT_buffer_reference_uvec2 : require
+#include "common/coopmat_types.glsl"
+
+layout(local_size_x_id = 0) in;
+layout(constant_id = 0) const uint THREADS = 128;
+
+// As in csrc/metrics/ceilings.cc. Chains hide the latency of an operation.
+const uint STEPS = 1024;
+const uint CHAINS = 8;
+
+layout(buffer_reference, std430, buffer_reference_align = 4) writeonly buffer Target {
+  float sum[];
+};
+
+layout(push_constant) uniform Push { uvec2 target; };
+
+void main() {
+  uint self = gl_LocalInvocationID.x;
+  // Not constants, and so small that no sum leaves the normal numbers.
+  Left left = Left(Element(1e-3 * float(self)));
+  Right right = Right(Element(1e-3));
+  Accumulator sums[CHAINS];
+  [[unroll]] for (uint i = 0; i < CHAINS; ++i) sums[i] = Accumulator(float(i));
+  for (uint step = 0; step < STEPS; ++step) {
+    [[unroll]] for (uint i = 0; i < CHAINS; ++i) sums[i] = coopMatMulAdd(left, right, sums[i]);
+  }
+  [[unroll]] for (uint i = 1; i < CHAINS; ++i) sums[0] += sums[i];
+  Target(target).sum[self] = sums[0][0];
+}
