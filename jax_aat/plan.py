@@ -224,17 +224,9 @@ class TilePlan:
                     f"expected {dtype}{[*batch, *core]}"
                 )
         flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[len(batch) :])), self)
-        level = unpack_levels(flat.levels, grid.granules)
-        _require(flat.levels, pack_levels(level), "levels", "a level of a granule past the last")
-        options = Options(1.0, self.causal, self.window, query_tile=grid.query_tile)
-        allowed = _possible(level, options, grid).applied(level, drops=True)
-        # Lengths, segments and masks may have hidden anything.
-        allowed = jnp.where(level == HIDDEN, HIDDEN, allowed)
+        packed, level, allowed, lists = _expected(flat)
+        _require(flat.levels, packed, "levels", "a level of a granule past the last")
         _require(level, allowed, "levels", "a level that causality or window forbids")
-        # Whether a granule is full depends on operands that the plan does not hold: full ones are
-        # listed first, in ascending order, whichever they are.
-        full = _full_of(flat.list_headers, flat.list_entries, level, grid)
-        lists = pack(flat.levels, full, grid, capacity)
         for name, expected in zip(_LISTS.values(), lists, strict=True):
             _require(getattr(flat, name), expected, name, "something else than the levels say")
         return self
@@ -330,6 +322,27 @@ def _require(actual: Any, expected: Any, name: str, what: str) -> None:
         raise ValueError(
             f"plan.{name}: the plan is corrupted, it has {what}, first at {wrong[0].tolist()}"
         )
+
+
+@jax.jit
+def _expected(plan: TilePlan) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """What the levels of a plan with one batch axis allow to stand in it.
+
+    Returns:
+      The levels map and the levels that it holds, those that causality and window let them be, and
+      the lists that say the same.
+    """
+    grid = plan.grid
+    level = unpack_levels(plan.levels, grid.granules)
+    options = Options(1.0, plan.causal, plan.window, query_tile=grid.query_tile)
+    allowed = _possible(level, options, grid).applied(level, drops=True)
+    # Lengths, segments and masks may have hidden anything.
+    allowed = jnp.where(level == HIDDEN, HIDDEN, allowed)
+    # Whether a granule is full depends on operands that the plan does not hold: full ones are
+    # listed first, in ascending order, whichever they are.
+    full = _full_of(plan.list_headers, plan.list_entries, level, grid)
+    lists = pack(plan.levels, full, grid, Capacity.of(grid, plan.causal, plan.window))
+    return pack_levels(level), level, allowed, lists
 
 
 def _possible(level: jax.Array, options: Options, grid: Grid) -> Boundary:

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,18 +178,8 @@ def test_bench_takes_turns_and_goes_on_without_what_fails() -> None:
 def test_bench_fails_where_vulkan_cannot_be_used(monkeypatch, capsys) -> None:
     monkeypatch.setenv("JAX_AAT_DISABLE", "1")
     monkeypatch.setattr(bench, "_relative_flops", lambda *_: 0.5)
-    arguments = [
-        "--queries",
-        "8",
-        "--keys",
-        "8",
-        "--head-dim",
-        "4",
-        "--budget",
-        "1",
-        "--repeats",
-        "1",
-    ]
+    sizes = {"queries": 8, "keys": 8, "head-dim": 4, "budget": 1, "repeats": 1}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
     assert main(["bench", *arguments]) == 1
     printed = capsys.readouterr().out
     assert printed.count("failed: RuntimeError: implementation='vulkan' cannot be used") == 2
@@ -214,13 +206,20 @@ def test_operations_are_those_of_visible_pairs(queries, keys, causal) -> None:
     assert case.floating_point_operations() == 4 * 2 * 4 * pairs * 8
 
 
-@pytest.fixture(scope="module")
-def plan() -> jax_aat.TilePlan:
-    """Everything exact, causal: 8 tiles of 16 queries and 2 heads, 8 granules."""
+def made_plan(adaptation) -> jax_aat.TilePlan:
+    """Causal: 8 tiles of 16 queries and 2 heads, 8 granules."""
     generator = np.random.default_rng(0)
     q, k = normal(generator, 1, 128, 4, 8), normal(generator, 1, 128, 2, 8)
-    adaptation = jax_aat.Adaptation(threshold=0.0, query_tile=32)
-    return jax_aat.plan_tiles(q, k, k, adaptation, is_causal=True, implementation="xla")
+    choose = partial(
+        jax_aat.plan_tiles, adaptation=adaptation, is_causal=True, implementation="xla"
+    )
+    return jax.jit(choose)(q, k, k)
+
+
+@pytest.fixture(scope="module")
+def plan() -> jax_aat.TilePlan:
+    """One in which everything is exact."""
+    return made_plan(jax_aat.Adaptation(threshold=0.0, query_tile=32))
 
 
 def test_show_prints_a_saved_plan(plan, tmp_path, capsys) -> None:
@@ -254,6 +253,23 @@ def test_a_map_joins_what_does_not_fit(plan) -> None:
     assert lines[0] == "      0 |##"
     assert lines[1] == "     16 | ."
     assert lines[7] == "    112 |.#"
+    lines = list(text_map(drawn, 2, width=9 + 1))[1:]
+    assert [lines[i] for i in (0, 1, 7)] == ["      0 |#", "     16 |", "    112 |+"]
+
+
+def test_show_tells_what_is_left_out(tmp_path, capsys) -> None:
+    adaptation = jax_aat.Adaptation(threshold=1e9, levels=(0,), query_tile=32)
+    plan = made_plan(adaptation)
+    plan.save(tmp_path / "plan")
+    assert main(["show", str(tmp_path / "plan")]) == 0
+    level = np.asarray(unpack_levels(plan.levels, plan.grid.granules))
+    exact = (level[0, 0] == 0).sum()
+    assert 8 <= exact < 36
+    # Tiles see 36 granules; of the 8 on the diagonal 136 of 256 pairs, of 8,256 in all.
+    flops = (256 * (exact - 8) + 136 * 8) / 8256
+    printed = capsys.readouterr().out
+    expected = f"0, 1 +{exact / 36:.1%} +0.0% +0.0% +{1 - exact / 36:.1%} +{flops:.1%}"
+    assert re.search(expected, printed)
 
 
 def test_the_demonstration_is_a_plan_of_all_levels(capsys) -> None:

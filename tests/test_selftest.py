@@ -117,12 +117,12 @@ def test_what_vulkan_did_not_compute_fails(monkeypatch, capsys):
 
 def test_a_case_that_raises_hides_no_other(monkeypatch, capsys):
     def refuse(out):
-        raise RuntimeError("no memory")
+        raise RuntimeError("no [memory]")
 
     attention = changed(refuse, of=lambda query: query.dtype == jnp.float32)
     code, printed = run(monkeypatch, capsys, SMALL, OTHER, attention=attention)
     assert code == 1
-    assert "RuntimeError: no memory" in line_of(printed, "small")
+    assert "RuntimeError: no [memory]" in line_of(printed, "small")
     assert "good" in line_of(printed, "other")
 
 
@@ -132,6 +132,13 @@ def test_vulkan_that_cannot_be_used(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "Vulkan cannot be used: JAX_AAT_DISABLE=1 switches Vulkan off" in printed.err
     assert not printed.out
+
+
+def test_a_device_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(selftest.vulkan, "devices", tuple)
+    monkeypatch.setattr(selftest.vulkan, "problem", lambda: "No Vulkan driver was found.")
+    assert main(["selftest", "--device", "0"]) == 1
+    assert "Vulkan cannot be used: No Vulkan driver was found." in capsys.readouterr().err
 
 
 def test_devices_by_index_and_by_a_part_of_the_name(monkeypatch, capsys):

@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
-from jax_aat.attention import tiled_attention
+from jax_aat.attention import Implementation, tiled_attention
 from jax_aat.commands import terminal
 from jax_aat.commands.contenders import Case, Pass, errors, jax_nn, ours, reference
 from jax_aat.report import Report
@@ -98,23 +98,23 @@ def run(options: argparse.Namespace) -> int:
     }
     if _has_cuda():
         contenders["jax.nn, cudnn"] = partial(jax_nn, "cudnn")
-    try:
-        rows = measure(case, contenders, options.backward, options.repeats)
-        relative_flops = _relative_flops(case, adaptation)
-    except RuntimeError as error:
-        raise terminal.UnusableError(terminal.in_words(error)) from error
     figures: dict[str, Any] = {
         **surroundings(),
         "case": asdict(case) | {"backward": options.backward, "repeats": options.repeats},
         "budget": adaptation.budget,
-        "relative_flops": relative_flops,
-        "contenders": rows,
     }
-    console.print(_heading(figures), soft_wrap=True, markup=False)
-    console.print(_table(rows))
+    try:
+        rows = measure(case, contenders, options.backward, options.repeats)
+        console.print(_heading(figures), soft_wrap=True)
+        console.print(_table(rows))
+        by_vulkan = "failed" not in rows["jax_aat adaptive, vulkan"]
+        spent = _relative_flops(case, adaptation, "vulkan" if by_vulkan else "xla")
+    except RuntimeError as error:
+        raise terminal.UnusableError(terminal.in_words(error)) from error
+    figures |= {"relative_flops": spent, "contenders": rows}
     console.print(
-        f"FLOPs of adaptive attention, by its report: {relative_flops:.1%} of those of exact "
-        f"attention, where {adaptation.budget:.1%} are allowed",
+        f"FLOPs of adaptive attention, by its report: {spent:.1%} of those of exact attention, "
+        f"where {adaptation.budget:.1%} are allowed",
         soft_wrap=True,
     )
     if options.json is not None:
@@ -219,10 +219,9 @@ def _has_cuda() -> bool:
         return False
 
 
-def _relative_flops(case: Case, adaptation: Adaptation) -> float:
+def _relative_flops(case: Case, adaptation: Adaptation, implementation: Implementation) -> float:
     """FLOPs of the adaptive call over those of exact attention."""
     operands = [jnp.asarray(x, case.dtype) for x in case.arrays(seed=0)[:3]]
-    implementation = "xla" if vulkan.unserved(case.dtype, case.head_dim) else "vulkan"
     attention = partial(
         tiled_attention,
         is_causal=case.causal,

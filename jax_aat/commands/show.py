@@ -70,17 +70,17 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.plan is None:
         console.print("a plan for synthetic keys in clusters", soft_wrap=True)
-    console.print(f"{plan}\n{plan.adaptation}", soft_wrap=True, markup=False)
+    console.print(f"{plan}\n{plan.adaptation}", soft_wrap=True)
     console.print(_table(plan))
     for line in text_map(plan, options.head or 0, console.width):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     if draw is not None:
         figure = draw(plan, heads=None if options.head is None else [options.head])
         try:
             figure.savefig(options.output)
         except (OSError, ValueError) as error:
             raise terminal.UnusableError(f"--output: {error}") from error
-        console.print(f"written: {options.output}", soft_wrap=True, markup=False)
+        console.print(f"written: {options.output}", soft_wrap=True)
     return terminal.GOOD
 
 

@@ -81,7 +81,8 @@ def console() -> Any:
       UnusableError: rich is not installed.
     """
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return _of_extra("rich.console").Console(width=width, highlight=False)
+    # Messages may have brackets, which markup is made of.
+    return _of_extra("rich.console").Console(width=width, highlight=False, markup=False)
 
 
 def table(*columns: str, numbers: Sequence[str] = ()) -> Any:
