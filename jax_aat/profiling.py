@@ -158,10 +158,12 @@ class Profile:
         it to see their calls beneath the name.
         """
         start = time.monotonic()
-        with jax.profiler.TraceAnnotation(name):
-            yield
-        annotation = Annotation(name, start - self._origin, time.monotonic() - start)
-        self.annotations = (*self.annotations, annotation)
+        try:
+            with jax.profiler.TraceAnnotation(name):
+                yield
+        finally:
+            annotation = Annotation(name, start - self._origin, time.monotonic() - start)
+            self.annotations = (*self.annotations, annotation)
 
     def kernels(self) -> tuple[KernelSummary, ...]:
         """Times by kernel, longest first."""

@@ -7,6 +7,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +51,9 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
     chosen = vulkan.find_device(device)
     file = _file(chosen)
     if file is not None and file.exists() and not measure_again:
-        return _ceilings(chosen, json.loads(file.read_text()))
+        # One that another process damaged is measured again.
+        with suppress(ValueError, KeyError):
+            return _ceilings(chosen, json.loads(file.read_text()))
     from jax_aat import _native
 
     measured = cast(dict[str, float], _native.measure_ceilings(chosen.index))
@@ -66,14 +69,14 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
 
 
 def _file(device: vulkan.Device) -> Path | None:
-    """Where the ceilings of the device are kept; None where no folder is to be had."""
+    """Where its ceilings by these shaders are kept; None where no folder is to be had."""
     from jax_aat import _native
 
     pipelines = _native.cache_path()
     if not pipelines:
         return None
-    driver = zlib.crc32(device.driver.encode())
-    return Path(pipelines).parent / f"{device.uuid}-{driver:08x}.ceilings.json"
+    driver, shaders = zlib.crc32(device.driver.encode()), Path(pipelines).stem.rpartition("-")[2]
+    return Path(pipelines).parent / f"{device.uuid}-{driver:08x}-{shaders}.ceilings.json"
 
 
 def _ceilings(device: vulkan.Device, measured: Mapping[str, float]) -> Ceilings:

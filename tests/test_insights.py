@@ -277,6 +277,17 @@ def test_ceilings_that_cannot_be_kept(tmp_path, monkeypatch):
         assert jax_aat.ceilings().bandwidth > 0
 
 
+def test_a_damaged_file_of_ceilings_is_written_anew(tmp_path, monkeypatch):
+    from jax_aat import _native
+
+    monkeypatch.setattr(_native, "cache_path", lambda: str(tmp_path / "x.pipelines"))
+    first = jax_aat.ceilings()
+    (file,) = tmp_path.glob("*.ceilings.json")
+    file.write_text(file.read_text()[:10])
+    assert jax_aat.ceilings().matrix_flops.keys() == first.matrix_flops.keys()
+    assert jax_aat.ceilings() == jax_aat.ceilings()
+
+
 def test_ceilings_of_no_device():
     with pytest.raises(ValueError, match="not 99"):
         jax_aat.ceilings(99)

@@ -84,6 +84,11 @@ std::span<const std::uint32_t> SlotsOf(const Dispatch& dispatch) {
   return {};
 }
 
+// Of the passes that are specialised for shares, if they have any.
+bool IsBackward(const Dispatch& dispatch) {
+  return dispatch.shader.starts_with("attend_backward_");
+}
+
 std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
   for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
     if (plan.scratch[i].operand != slot) continue;
@@ -98,8 +103,13 @@ std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
 double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const OperandBytes& operands) {
   const std::span<const std::uint32_t> slots = SlotsOf(dispatch);
   if (slots.empty()) return std::numeric_limits<double>::quiet_NaN();
+  const std::uint32_t features = dispatch.specialization[kFeatures];
   std::uint64_t bytes = 0;
-  for (const std::uint32_t slot : slots) bytes += operands[slot] + ScratchBytes(plan, slot);
+  for (const std::uint32_t slot : slots) {
+    const bool of_shares = slot == OPERAND_SHARES || slot == OPERAND_DSHARES;
+    if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
+    bytes += operands[slot] + ScratchBytes(plan, slot);
+  }
   return static_cast<double>(bytes) * dispatch.share;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -11,6 +12,8 @@ namespace {
 // Of the time between two samples, at most one part in so many may come from their deviations for a
 // drift to be told from these.
 constexpr double kDriftPrecision = 1e5;
+// Of clocks that tick as they say.
+constexpr double kMostDrift = 1e-3;
 
 bool CanCalibrate(const Context& context) {
   const Device& device = context.device();
@@ -94,7 +97,9 @@ ClockMap::ClockMap(const PhysicalDevice& device, const ClockSample& first,
   const auto host = static_cast<double>(second.host_nanoseconds - first.host_nanoseconds);
   const double ticks = NanosecondsBetween(device, first.ticks, second.ticks);
   const auto deviation = static_cast<double>(first.deviation + second.deviation);
-  if (ticks > 0 && host > kDriftPrecision * deviation) rate_ = host / ticks;
+  // A clock of few bits can have begun anew between the samples.
+  if (ticks <= 0 || host <= kDriftPrecision * deviation) return;
+  if (std::abs(host / ticks - 1) < kMostDrift) rate_ = host / ticks;
 }
 
 double ClockMap::HostSeconds(std::uint64_t ticks) const {
