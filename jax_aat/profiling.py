@@ -307,13 +307,13 @@ def profile(*, by_kernel: bool = True) -> Iterator[Profile]:
         if profiled.device is not None:
             # Its first call has probed what a device does not tell.
             profiled.device = vulkan.devices()[profiled.device.index]
-        profiled.calls = tuple(_call(call, profiled._origin) for call in calls)
+        profiled.calls = tuple(_call(call, profiled._origin, by_kernel) for call in calls)
 
 
-def _call(record: Mapping[str, Any], origin: float) -> ProfiledCall:
+def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> ProfiledCall:
     stamps = [stamp - origin for stamp in record["stamps"]]
     kernels: tuple[KernelTime, ...] = ()
-    if len(stamps) == 2 * len(record["shaders"]):
+    if by_kernel and stamps:
         kernels = tuple(
             KernelTime(name, start, end - start, flops, size)
             for name, start, end, flops, size in zip(

@@ -184,7 +184,7 @@ def set_timing(enabled: bool, *, by_kernel: bool = True) -> None:
         the call as a whole, which then runs as it does untimed.
 
     Raises:
-      RuntimeError: There is no native module.
+      RuntimeError: There is no native module, or a profile is being taken.
     """
     require_native()
     _native.set_timing(enabled, by_kernel)

@@ -228,6 +228,14 @@ def test_timing_is_left_as_it_was(qkv):
         jax_aat.set_timing(False)
 
 
+def test_timing_is_the_profiles_own_meanwhile(qkv):
+    with profile() as prof:
+        with pytest.raises(RuntimeError, match="a profile is being taken"):
+            jax_aat.set_timing(False)
+        attend(*qkv).block_until_ready()
+    assert len(prof.calls[0].kernels) == 2
+
+
 def test_unfinished_work_is_waited_for(qkv):
     with profile() as prof:
         results = [jax.jit(attend)(*qkv) for _ in range(8)]

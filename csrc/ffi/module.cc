@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -401,6 +402,10 @@ NB_MODULE(_native, m) {
   m.def(
       "set_timing",
       [](bool enabled, bool by_kernel) {
+        if (Profiling()) {
+          throw std::logic_error(
+              "a profile is being taken, which times calls itself: end it first");
+        }
         SetTiming(!enabled ? Timing::kOff : by_kernel ? Timing::kByKernel : Timing::kByCall);
       },
       nb::arg("enabled"), nb::arg("by_kernel") = true);

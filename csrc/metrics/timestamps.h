@@ -37,6 +37,7 @@ class Timestamps {
   void RecordResults(VkCommandBuffer commands) const;
   void Submitted(const TimelinePoint& done) { done_ = done; }
 
+  bool by_kernel() const { return by_kernel_; }
   const std::shared_ptr<Context>& context() const { return context_; }
   // Whether the device has written them.
   bool Ready() const { return context_->device().Reached(done_); }

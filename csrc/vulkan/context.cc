@@ -154,7 +154,8 @@ void Context::Record(VkCommandBuffer commands, const DispatchPlan& plan,
   }
   for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
     const Dispatch& dispatch = plan.dispatches[i];
-    if (dispatch.barrier_before) {
+    const bool waits = around.timestamps != nullptr && around.timestamps->by_kernel() && i > 0;
+    if (dispatch.barrier_before || waits) {
       RecordBarrier(device_, commands, kCompute, kShaderWrite, kCompute,
                     kShaderRead | kShaderWrite);
     }

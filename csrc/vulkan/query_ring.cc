@@ -25,9 +25,7 @@ std::unique_ptr<QuerySet> QueryRing::Take(std::uint32_t queries) {
   }
   if (set == nullptr) {
     const std::uint32_t capacity = std::max(std::bit_ceil(queries), kMinQueries);
-    set = std::make_unique<QuerySet>(
-        capacity, QueryPoolHandle(device_),
-        memory_.Allocate(Purpose::kMetrics, capacity * sizeof(std::uint64_t)));
+    set = std::make_unique<QuerySet>(capacity, QueryPoolHandle(device_));
     const VkQueryPoolCreateInfo info = {
         .sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
         .queryType = VK_QUERY_TYPE_TIMESTAMP,
@@ -36,11 +34,13 @@ std::unique_ptr<QuerySet> QueryRing::Take(std::uint32_t queries) {
     device_.Check(device_.vk().CreateQueryPool(device_.handle(), &info, nullptr, set->pool.out()),
                   "vkCreateQueryPool");
   }
+  set->results = memory_.Allocate(Purpose::kMetrics, queries * sizeof(std::uint64_t));
   device_.vk().ResetQueryPool(device_.handle(), set->pool.get(), 0, queries);
   return set;
 }
 
 void QueryRing::GiveBack(std::unique_ptr<QuerySet> set) {
+  set->results = Block();  // idle sets hold no memory
   const std::lock_guard lock(mutex_);
   idle_.push_back(std::move(set));
 }

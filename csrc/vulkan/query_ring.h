@@ -1,4 +1,4 @@
-// Timestamp queries with memory for their results, taken by calls that are timed and used again.
+// Timestamp queries, taken by calls that are timed and used again.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace jax_aat {
 struct QuerySet {
   std::uint32_t capacity = 0;
   QueryPoolHandle pool;
-  Block results;  // a 64-bit word each, mapped
+  Block results;  // a 64-bit word each, mapped; of a set that is taken
 };
 
 class QueryRing {
