@@ -54,13 +54,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2, help="key/value heads")
     parser.add_argument("--context", type=int, default=128, help="bytes that the model sees")
     parser.add_argument("--batch", type=int, default=16, help="windows of text a step")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--implementation", choices=["vulkan", "xla", "auto"], default="vulkan")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--save-every", type=int, default=100, help="steps between checkpoints and held-out losses"
+        "--save-every", type=int, default=80, help="steps between checkpoints and held-out losses"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     parser.add_argument(
