@@ -37,9 +37,9 @@ class Device(TypedDict):
     traits: Traits
     missing: list[str]
 
-# What a call ran; the milliseconds are None where it was not timed.
-Dispatch = TypedDict(
-    "Dispatch",
+# What a record of a call tells by itself.
+Record = TypedDict(
+    "Record",
     {
         "sequence": int,
         "pass": str,
@@ -50,46 +50,41 @@ Dispatch = TypedDict(
         "flops": list[float],
         "imported_bytes": int,
         "staged_bytes": int,
-        "kernel_milliseconds": list[float] | None,
-        "elapsed_milliseconds": float | None,
     },
 )
 
-# What a profile tells of a call; `stamps` are seconds of the host's monotonic clock, the start and
-# the end of each kernel, or of the call. Pairs and rows are None where there is no plan.
-ProfiledCall = TypedDict(
-    "ProfiledCall",
-    {
-        "sequence": int,
-        "pass": str,
-        "path": str,
-        "platform": str,
-        "device": str,
-        "shaders": list[str],
-        "flops": list[float],
-        "bytes": list[float],
-        "imported_bytes": int,
-        "staged_bytes": int,
-        "scratch_bytes": int,
-        "dtype": str,
-        "batch": int,
-        "queries": int,
-        "keys": int,
-        "query_heads": int,
-        "kv_heads": int,
-        "head_dim": int,
-        "causal": bool,
-        "queue": int,
-        "thread": int,
-        "arrived": float,
-        "submitted": float,
-        "ended": float,
-        "stamps": list[float],
-        "exact_pairs": float | None,
-        "coarse_pairs": float | None,
-        "most_rows": int | None,
-    },
-)
+class Dispatch(Record):
+    """What a call ran; the milliseconds are None where it was not timed."""
+
+    kernel_milliseconds: list[float] | None
+    elapsed_milliseconds: float | None
+
+class ProfiledCall(Record):
+    """What a profile tells of a call.
+
+    `stamps` are seconds of the host's monotonic clock, the start and the end of each kernel, or of
+    the call. Pairs and rows are None where there is no plan.
+    """
+
+    bytes: list[float]
+    scratch_bytes: int
+    dtype: str
+    batch: int
+    queries: int
+    keys: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    queue: int
+    thread: int
+    arrived: float
+    submitted: float
+    ended: float
+    stamps: list[float]
+    exact_pairs: float | None
+    coarse_pairs: float | None
+    most_rows: int | None
 
 class PoolStatistics(TypedDict):
     """Memory of one pool, or of all of them; `jax_aat.PoolStatistics` says what is what."""

@@ -19,7 +19,7 @@ from jax_aat.adaptation import Adaptation
 from jax_aat.attention import tiled_attention
 from jax_aat.hierarchy import judged_super_tiles
 from jax_aat.levels import SUPER_TILE, Grid
-from jax_aat.problem import Operands, Options, Slot
+from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import candidate_share, dense_flops, has_state, hidden_rows, planning_flops
 
@@ -193,11 +193,8 @@ class Sizes:
     @property
     def problem(self) -> str:
         """In words."""
-        words = (
-            f"B{self.batch} T{self.queries} S{self.keys} N{self.heads} K{self.kv_heads} "
-            f"H{self.head_dim} {self.dtype}"
-        )
-        return words + (" causal" if self.causal else "")
+        sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
+        return problem_words(*sizes, self.dtype, self.causal)
 
 
 def estimate(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jax_aat import vulkan
+from jax_aat import roofline, vulkan
 from jax_aat.roofline import Ceilings
 
 if TYPE_CHECKING:
@@ -138,13 +138,7 @@ def _kernels(profile: Profile, ceilings: Ceilings) -> Iterator[Insight]:
 
 def _share(kernels: Sequence[KernelTime], what: str, ceiling: float) -> float:
     """Rate over the ceiling, of the kernels whose amount is known; NaN: of none."""
-    known = [(getattr(kernel, what), kernel.seconds) for kernel in kernels]
-    known = [(amount, seconds) for amount, seconds in known if not math.isnan(amount)]
-    seconds = sum(seconds for _, seconds in known)
-    if seconds <= 0 or ceiling <= 0:
-        return math.nan
-    amount: float = sum(amount for amount, _ in known)
-    return amount / seconds / ceiling
+    return roofline.rate(kernels, what) / ceiling if ceiling > 0 else math.nan
 
 
 def _imbalance(calls: Sequence[ProfiledCall], name: str) -> float:
@@ -296,10 +290,8 @@ def _family(kernel: KernelTime) -> str:
 
 def default_ceilings(profile: Profile) -> Ceilings:
     """Those of the device of a profile's calls."""
-    from jax_aat.roofline import ceilings
-
     names = {call.device for call in profile.calls}
     for device in vulkan.devices():
         if device.name in names:
-            return ceilings(device)
-    return ceilings(profile.device)
+            return roofline.ceilings(device)
+    return roofline.ceilings(profile.device)

@@ -238,3 +238,26 @@ def by_slot(slots: Sequence[int], values: Iterable[Any]) -> dict[Slot, Any]:
 def accumulation_dtype(dtype: Any) -> "np.dtype[Any]":
     """Type of logits, sums and logsumexp: float64 for float64 operands, else float32."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def count_pairs(queries: int, keys: int, causal: bool) -> float:
+    """Pairs of a query and a key that causality leaves: with it query t sees t + 1 keys at most."""
+    if not causal:
+        return float(queries * keys)
+    growing = min(queries, keys)
+    return growing * (growing + 1) / 2 + (queries - growing) * keys
+
+
+def problem_words(
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    causal: bool,
+) -> str:
+    """Sizes of a call in words, such as 'B1 T4096 S4096 N8 K2 H64 bfloat16 causal'."""
+    sizes = f"B{batch} T{queries} S{keys} N{heads} K{kv_heads} H{head_dim} {dtype}"
+    return sizes + (" causal" if causal else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import jax
 
 from jax_aat import vulkan
 from jax_aat.insights import Insight, default_ceilings, insights
-from jax_aat.roofline import Ceilings
+from jax_aat.problem import count_pairs, problem_words
+from jax_aat.roofline import Ceilings, rate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,8 +177,8 @@ class Profile:
                 name=name,
                 calls=len(kernels),
                 seconds=sum(kernel.seconds for kernel in kernels),
-                flops=_rate(kernels, "flops"),
-                bandwidth=_rate(kernels, "bytes"),
+                flops=rate(kernels, "flops"),
+                bandwidth=rate(kernels, "bytes"),
             )
             for name, kernels in found.items()
         ]
@@ -325,12 +326,8 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
                 strict=True,
             )
         )
-    rows = record["batch"] * record["queries"] * record["query_heads"]
-    # Of the causal rows t + 1 <= S keys each.
-    queries, keys = record["queries"], record["keys"]
-    if record["causal"]:
-        growing = min(queries, keys)
-        keys = (growing * (growing + 1) / 2 + (queries - growing) * keys) / queries
+    heads = record["batch"] * record["query_heads"]
+    names = ("batch", "queries", "keys", "query_heads", "kv_heads", "head_dim", "dtype", "causal")
     return ProfiledCall(
         sequence=record["sequence"],
         direction=record["pass"],
@@ -339,14 +336,10 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
         device=record["device"],
         queue=record["queue"],
         thread=record["thread"],
-        problem=(
-            f"B{record['batch']} T{record['queries']} S{record['keys']} N{record['query_heads']} "
-            f"K{record['kv_heads']} H{record['head_dim']} {record['dtype']}"
-            + (" causal" if record["causal"] else "")
-        ),
+        problem=problem_words(*(record[name] for name in names)),
         dtype=record["dtype"],
-        query_rows=rows,
-        dense_pairs=float(rows * keys),
+        query_rows=heads * record["queries"],
+        dense_pairs=heads * count_pairs(record["queries"], record["keys"], record["causal"]),
         host_start=record["arrived"] - origin,
         host_seconds=record["ended"] - record["arrived"],
         submitted=record["submitted"] - origin,
@@ -360,16 +353,6 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
         coarse_pairs=record["coarse_pairs"],
         most_rows=record["most_rows"],
     )
-
-
-def _rate(kernels: Sequence[KernelTime], what: str) -> float:
-    known = [
-        (getattr(kernel, what), kernel.seconds)
-        for kernel in kernels
-        if getattr(kernel, what) == getattr(kernel, what)
-    ]
-    seconds = sum(seconds for _, seconds in known)
-    return sum(amount for amount, _ in known) / seconds if seconds > 0 else float("nan")
 
 
 def _number(value: float) -> str:

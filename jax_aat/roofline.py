@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from jax_aat import vulkan
+
+if TYPE_CHECKING:
+    from jax_aat.profiling import KernelTime
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,15 @@ def _ceilings(device: vulkan.Device, measured: Mapping[str, float]) -> Ceilings:
         if traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]:
             flops[dtype] = measured[f"{dtype}_matrices"]
     return Ceilings(device.name, MappingProxyType(flops), measured["bandwidth"])
+
+
+def rate(kernels: Sequence[KernelTime], what: str) -> float:
+    """FLOPs ('flops') or bytes ('bytes') a second of the kernels of which they are known.
+
+    NaN: they are known of none.
+    """
+    known = [(getattr(kernel, what), kernel.seconds) for kernel in kernels]
+    known = [(amount, seconds) for amount, seconds in known if not math.isnan(amount)]
+    seconds = sum(seconds for _, seconds in known)
+    total: float = sum(amount for amount, _ in known)
+    return total / seconds if seconds > 0 else math.nan

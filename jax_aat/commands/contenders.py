@@ -14,6 +14,7 @@ import numpy as np
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import Implementation, tiled_attention
+from jax_aat.problem import count_pairs
 from jax_aat.reference import dense_attention, relative_error
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -35,11 +36,8 @@ class Case:
 
     def floating_point_operations(self) -> float:
         """Operations of the forward pass: two products, each 2 a visible score and feature."""
-        visible = self.queries * self.keys
-        if self.causal:
-            seeing = min(self.queries, self.keys)
-            visible = seeing * (seeing + 1) // 2 + (self.queries - seeing) * self.keys
-        return 4.0 * self.batch * self.heads * visible * self.head_dim
+        pairs = self.batch * self.heads * count_pairs(self.queries, self.keys, self.causal)
+        return 4.0 * pairs * self.head_dim
 
     def arrays(self, seed: int) -> list[Array]:
         """Query, key, value and the cotangent of the output: standard normal, float32."""
