@@ -64,7 +64,7 @@ void add_block(inout vec4 sums[ACCUMULATORS], Operands operands, uint first_posi
 
 void main() {
   QueryTile tile;
-  if (!locate_query_tile(tile)) return;
+  if (!locate_query_tile(workgroup_index(), tile)) return;
   start_staging();
   set_scores(tile.first_head);
   Operands operands = Operands(view_of(OPERAND_Q, tile.first_head, LOG2_BYTES),

@@ -129,7 +129,7 @@ void attend_block(Walk walk, uint block, bool mixed) {
 }
 
 void main() {
-  if (!locate_uniform_tile(tile)) return;
+  if (!locate_uniform_tile(workgroup_index(), tile)) return;
   set_scores(tile.first_head);
   to_log2 = score_factor();
   View q_view = view_of(OPERAND_Q, tile.first_head, 1);

@@ -100,7 +100,7 @@ void add_block(Walk walk, uint block) {
 }
 
 void main() {
-  if (!locate_uniform_tile(tile)) return;
+  if (!locate_uniform_tile(workgroup_index(), tile)) return;
   set_visibility(tile.first_head);
   gradients = gradients_of(tile.kv_head);
   uint chunk = tile.first_head % (PARAMS.query_heads / PARAMS.kv_heads) / TILE_HEADS;

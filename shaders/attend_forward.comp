@@ -100,7 +100,7 @@ void attend_block(inout vec4 sums[ACCUMULATORS], View q, View k, View v, QueryTi
 
 void main() {
   QueryTile tile;
-  if (!locate_query_tile(tile)) return;
+  if (!locate_query_tile(workgroup_index(), tile)) return;
   start_staging();
   set_scores(tile.first_head);
   View q = view_of(OPERAND_Q, tile.first_head, LOG2_BYTES);

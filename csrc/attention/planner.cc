@@ -21,8 +21,11 @@ constexpr KernelFamily kFamilies[] = {
 };
 
 constexpr std::uint32_t kGranuleRows = 16;
+// Of the kernel that makes lists: more where a tile has many granules to look at.
 constexpr std::uint32_t kListThreads = 64;
-constexpr std::uint64_t kListStep = 4;  // LIST_STEP of shaders/common/work_list.glsl
+constexpr std::uint32_t kManyListThreads = 256;
+constexpr std::uint32_t kCarefulGroups = 256;  // about as many as a large GPU runs at once
+constexpr std::uint64_t kListStep = 4;         // LIST_STEP of shaders/common/work_list.glsl
 constexpr std::uint32_t kDeltaThreads = 64;
 // Tiles of keys that a step must have where score gradients are stored for some heads at a time: a
 // GPU is to be full until its end, and with causality the longest tile is twice as long as most.
@@ -222,6 +225,7 @@ class Planner {
       // No flops: of what tiles it computes, those of the first pass were wasted.
       Dispatch& careful = AddKernel(shape, features, QueryTiles(shape), 0);
       careful.specialization[kFeatures] |= FEATURE_CAREFUL;
+      careful.groups = {std::min(careful.groups[0], kCarefulGroups), 1, 1};
       careful.flops = 0;
     }
   }
@@ -309,7 +313,10 @@ class Planner {
     }
 
     KernelShape maker = shape;
-    maker.threads = kListThreads;
+    maker.threads =
+        granules >= kManyListThreads && kManyListThreads <= traits_.max_workgroup_invocations
+            ? kManyListThreads
+            : kListThreads;
     maker.required_subgroup_size = 0;
     builder_.AddListKernel("work_lists", maker, kVisibilityFeatures, lists * tiles)
         .specialization[kTransposed] = transposed ? 1 : 0;

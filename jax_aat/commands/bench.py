@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         "jax_aat adaptive, xla": partial(ours, implementation="xla", adaptation=adaptation),
         "jax.nn, xla": partial(jax_nn, "xla"),
     }
-    if _has_cuda():
+    if _has_cuda() and case.dtype != "float32":
         contenders["jax.nn, cudnn"] = partial(jax_nn, "cudnn")
     figures: dict[str, Any] = {
         **surroundings(),

@@ -17,7 +17,7 @@ struct KeyTile {
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
   uint tiles = divide_up(tile_row_end(), TILE_ROWS), head, number;
-  if (!launched_tile(tiles, head, number)) return false;
+  if (!launched_tile(workgroup_index(), tiles, head, number)) return false;
   set_batch(head / PARAMS.kv_heads);
   uint kv_head = head % PARAMS.kv_heads;
   tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);

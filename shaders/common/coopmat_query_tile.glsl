@@ -45,9 +45,9 @@ void store_sums(View view, QueryTile tile, Accumulator sums[ROW_TILES][DIM_TILES
 }
 
 // locate_query_tile, with everything in uniform registers.
-bool locate_uniform_tile(out QueryTile tile) {
+bool locate_uniform_tile(uint place, out QueryTile tile) {
   QueryTile found;
-  if (subgroupAny(!locate_query_tile(found))) return false;
+  if (subgroupAny(!locate_query_tile(place, found))) return false;
   tile = QueryTile(subgroupBroadcastFirst(found.first_position),
                    subgroupBroadcastFirst(found.first_head),
                    subgroupBroadcastFirst(found.kv_head), uniform_list(found.list));

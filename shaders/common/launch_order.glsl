@@ -7,11 +7,11 @@
 
 const uint HEADS_AT_ONCE = (FEATURES & FEATURE_CAUSAL) != 0 || THREADS < 256 ? 8 : 1;
 
-// This workgroup's head, of all batch entries, and which of its `tiles` tiles it starts; false past
-// the last one.
-bool launched_tile(uint tiles, out uint head, out uint tile) {
-  uint first = workgroup_index() / (tiles * HEADS_AT_ONCE) * HEADS_AT_ONCE;
-  uint index = workgroup_index() - first * tiles;
+// The head, of all batch entries, whose tile starts in this place of the order, and which of its
+// `tiles` tiles that is; false past the last one.
+bool launched_tile(uint place, uint tiles, out uint head, out uint tile) {
+  uint first = place / (tiles * HEADS_AT_ONCE) * HEADS_AT_ONCE;
+  uint index = place - first * tiles;
   uint together = min(HEADS_AT_ONCE, launched_heads - min(first, launched_heads));
   if (index >= together * tiles) return false;
   head = first_launched_head + first + index % together;

@@ -14,13 +14,13 @@ struct QueryTile {
 
 uint query_tile_count() { return divide_up(PARAMS.queries, TILE_POSITIONS); }
 
-// Sets the batch entry too. The last tiles start first: under a causal mask they are the longest.
-// False past the last tile.
-bool locate_query_tile(out QueryTile tile) {
+// The tile that starts in this place of the order; sets the batch entry too. The last tiles start
+// first: under a causal mask they are the longest. False past the last tile.
+bool locate_query_tile(uint place, out QueryTile tile) {
   uint tiles = query_tile_count();
   uint chunks = PARAMS.query_heads / TILE_HEADS;
   uint head, rank;
-  if (!launched_tile(tiles, head, rank)) return false;
+  if (!launched_tile(place, tiles, head, rank)) return false;
   uint number = tiles - 1 - rank;
   set_batch(head / chunks);
   uint chunk = head % chunks;

@@ -152,13 +152,17 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
     EXPECT(dispatch.groups[2] == 1);
     EXPECT(dispatch.first_head == 0);
     const std::uint64_t needed = Workgroups(problem, plan.params, dispatch);
-    EXPECT(x * y >= needed && x * (y - 1) < needed);
+    const bool careful = (constants[2] & FEATURE_CAREFUL) != 0;
+    if (careful) {  // each of its workgroups may take many tiles
+      EXPECT(y == 1 && x >= 1 && x <= needed);
+    } else {
+      EXPECT(x * y >= needed && x * (y - 1) < needed);
+    }
     const bool prepares = StartsWith(dispatch.shader, "work_lists") ||
                           StartsWith(dispatch.shader, "attend_backward_delta");
     EXPECT(!(prepares && kernels > 0));
     // The first kernel waits for all that was prepared, a careful pass for the pass that it mends;
     // the others need not wait for each other.
-    const bool careful = (constants[2] & FEATURE_CAREFUL) != 0;
     const bool waits = !prepares && kernels == 0 && &dispatch != &plan.dispatches.front();
     EXPECT(dispatch.barrier_before == (careful || waits));
     barriers += dispatch.barrier_before;
