@@ -82,6 +82,7 @@ class ProfiledCall(Record):
     submitted: float
     ended: float
     stamps: list[float]
+    stream_seconds: float | None
     exact_pairs: float | None
     coarse_pairs: float | None
     most_rows: int | None

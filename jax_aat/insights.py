@@ -7,6 +7,7 @@ at which it has to move bytes over the device's bandwidth. Each rule looks at on
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ IMBALANCE = 4.0
 NOTHING_SAVED = 0.8
 """Share of all pairs that a plan leaves, from which on it saves next to nothing."""
 HAND_OVER = 0.35e-3
-"""Seconds that a change from CUDA to Vulkan and back takes (docs/kernels.md)."""
+"""Seconds that a change from CUDA to Vulkan and back takes (docs/performance.md), where the stream
+was not timed."""
 
 PLANNING = frozenset(
     {
@@ -212,15 +214,19 @@ def _host(profile: Profile) -> Iterator[Insight]:
         host = sum(call.host_seconds for call in calls)
         staged = sum(call.staged_bytes for call in calls)
         if platform == "cuda":
-            shorter = [call for call in calls if call.seconds < HAND_OVER]
-            if len(shorter) > LARGE * len(calls):
+            hand_overs = [_hand_over(call) for call in calls]
+            shorter = sum(
+                call.seconds < hand_over for call, hand_over in zip(calls, hand_overs, strict=True)
+            )
+            if shorter > LARGE * len(calls):
                 yield Insight(
                     "hand-over",
                     platform,
-                    HAND_OVER * len(calls),
-                    f"{len(shorter)} of {len(calls)} calls take less than the "
-                    f"{1e3 * HAND_OVER:.2f} ms of a hand-over from CUDA to Vulkan and back: put "
-                    "more work into a call, or use jax.nn.dot_product_attention at these sizes",
+                    sum(hand_overs),
+                    f"{shorter} of {len(calls)} calls take less than the "
+                    f"{1e3 * statistics.median(hand_overs):.2f} ms of a hand-over from "
+                    "CUDA to Vulkan and back: put more work into a call, or use "
+                    "jax.nn.dot_product_attention at these sizes",
                 )
             if staged > 0:
                 yield Insight(
@@ -253,6 +259,12 @@ def _host(profile: Profile) -> Iterator[Insight]:
                 "the rest starts and ends them: put more heads or sequences into a call (vmap, "
                 "a larger batch)",
             )
+
+
+def _hand_over(call: ProfiledCall) -> float:
+    """What of the stream's time is not the kernels'."""
+    taken = call.stream_seconds - call.seconds
+    return HAND_OVER if math.isnan(taken) else taken
 
 
 def _choices(profile: Profile) -> Iterator[Insight]:

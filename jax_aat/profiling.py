@@ -71,6 +71,8 @@ class ProfiledCall:
       start: Start of the first kernel, seconds since the profile began; NaN where the device has no
         timestamps.
       seconds: From there to the end of the last kernel.
+      stream_seconds: Under JAX's CUDA platform: how long the call holds up XLA's stream, by CUDA's
+        own events: the kernels, the hand-over to Vulkan and back, and copies. NaN: no such stream.
       kernels: Empty where calls are timed as a whole or the device has no timestamps.
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
@@ -97,6 +99,7 @@ class ProfiledCall:
     submitted: float
     start: float
     seconds: float
+    stream_seconds: float
     kernels: tuple[KernelTime, ...]
     imported_bytes: int
     staged_bytes: int
@@ -326,6 +329,7 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
                 strict=True,
             )
         )
+    stream_seconds = record["stream_seconds"]
     heads = record["batch"] * record["query_heads"]
     names = ("batch", "queries", "keys", "query_heads", "kv_heads", "head_dim", "dtype", "causal")
     return ProfiledCall(
@@ -345,6 +349,7 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
         submitted=record["submitted"] - origin,
         start=stamps[0] if stamps else float("nan"),
         seconds=stamps[-1] - stamps[0] if stamps else float("nan"),
+        stream_seconds=float("nan") if stream_seconds is None else stream_seconds,
         kernels=kernels,
         imported_bytes=record["imported_bytes"],
         staged_bytes=record["staged_bytes"],

@@ -44,6 +44,8 @@ def _events_of(call: ProfiledCall) -> Iterator[dict[str, Any]]:
     yield _slice(call.direction, *row, call.host_start, call.host_seconds, about)
     if call.start != call.start:
         return
+    if call.stream_seconds == call.stream_seconds:
+        about["CUDA stream ms"] = 1e3 * call.stream_seconds
     if call.exact_pairs is not None:
         about |= {"exact pairs": call.exact_pairs, "coarse pairs": call.coarse_pairs}
     yield _slice(call.direction, _DEVICE, call.queue, call.start, call.seconds, about)

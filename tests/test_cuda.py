@@ -76,6 +76,22 @@ def test_calls_without_a_wait_between_them_do_not_grow_memory():
     assert jax_aat.memory_stats().total.reserved_bytes <= max(reserved, 2**20)
 
 
+def test_a_profile_tells_the_time_of_the_stream():
+    """What CUDA's events say of a call holds the kernels and little else."""
+    q, k, v = random_qkv((1, 8192, 8, 64), jnp.bfloat16)
+    jax.block_until_ready(attend(q, k, v))
+    with jax_aat.profile() as prof:
+        kept = [attend(q, k, v) for _ in range(3)]
+    assert len(prof.calls) == len(kept)
+    for call in prof.calls:
+        assert sum(kernel.seconds for kernel in call.kernels) <= call.seconds
+        assert call.seconds < call.stream_seconds < call.seconds + 0.1
+    with jax_aat.profile(by_kernel=False) as prof:
+        kept = [attend(q, k, v)]
+    (call,) = prof.calls
+    assert call.seconds < call.stream_seconds
+
+
 @pytest.mark.parametrize("allocator", ["platform", "cuda_async"])
 def test_memory_that_cannot_be_imported_is_copied(allocator):
     script = """

@@ -35,11 +35,11 @@ def call(qkv):
     return timed(one, 1e-3, 1.1e-3)
 
 
-def timed(call, seconds, host_seconds, **changes):
-    """The call with kernels that share `seconds` as they did theirs, as one took all of them."""
-    total = sum(kernel.seconds for kernel in call.kernels)
+def timed(call, seconds, host_seconds, even=False, **changes):
+    """The call with kernels that share `seconds` as they did theirs, or evenly."""
+    total = len(call.kernels) if even else sum(kernel.seconds for kernel in call.kernels)
     kernels = tuple(
-        dataclasses.replace(kernel, seconds=kernel.seconds * seconds / total)
+        dataclasses.replace(kernel, seconds=(1 if even else kernel.seconds) * seconds / total)
         for kernel in call.kernels
     )
     return dataclasses.replace(
@@ -53,6 +53,10 @@ def profile_of(*calls, device=None):
 
 def causes(prof, ceilings=HUGE):
     return {insight.cause for insight in insights(prof, ceilings)}
+
+
+def insights_of_cause(cause, *calls):
+    return [insight for insight in insights(profile_of(*calls), HUGE) if insight.cause == cause]
 
 
 def ceilings_at(call, flops_share, bandwidth_share):
@@ -123,18 +127,25 @@ def test_copies(call):
 
 def test_hand_over(call):
     short, long = (
-        timed(call, seconds, seconds, platform="cuda", staged_bytes=0)
+        timed(call, seconds, seconds, platform="cuda", staged_bytes=0, stream_seconds=math.nan)
         for seconds in (HAND_OVER / 2, 2 * HAND_OVER)
     )
     assert "hand-over" in causes(profile_of(short, short, long))
     assert "hand-over" not in causes(profile_of(short, long, long))
+    (told,) = insights_of_cause("hand-over", dataclasses.replace(long, stream_seconds=9e-3))
+    assert told.seconds == pytest.approx(9e-3 - long.seconds)
+    assert f"{1e3 * told.seconds:.2f} ms" in told.message
+    quick = dataclasses.replace(short, stream_seconds=1.5 * short.seconds)
+    assert not insights_of_cause("hand-over", quick)
 
 
 def planned(qkv, adaptation):
+    """What a call that plans runs, a millisecond a kernel whatever else the device does."""
     with profile() as prof:
         tiled_attention(
             *qkv, is_causal=True, adaptation=adaptation, implementation="vulkan"
         ).block_until_ready()
+    prof.calls = tuple(timed(call, 1e-3 * len(call.kernels), 1.0, even=True) for call in prof.calls)
     return prof
 
 

@@ -199,6 +199,7 @@ nb::dict ProfiledCallDict(const ProfiledCall& call) {
   dict["submitted"] = 1e-9 * static_cast<double>(record.submitted);
   dict["ended"] = 1e-9 * static_cast<double>(record.ended);
   dict["stamps"] = nb::cast(call.stamps);
+  dict["stream_seconds"] = call.stream_seconds ? nb::cast(*call.stream_seconds) : nb::none();
   dict["exact_pairs"] = call.work ? nb::cast(call.work->exact_pairs) : nb::none();
   dict["coarse_pairs"] = call.work ? nb::cast(call.work->coarse_pairs) : nb::none();
   dict["most_rows"] = call.work ? nb::cast(call.work->most_rows) : nb::none();

@@ -6,12 +6,14 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention/dispatch_plan.h"
 #include "interop/cuda_channel.h"
 #include "interop/cuda_memory.h"
 #include "interop/cuda_staging.h"
+#include "interop/cuda_stopwatch.h"
 #include "metrics/call_recorder.h"
 #include "vulkan/runtime.h"
 #include "vulkan/text.h"
@@ -163,6 +165,8 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, c
   const std::lock_guard lock(state.mutex);
   CudaOperands operands(context->memory(), bridge.memory, state, buffers, stream);
   recorder.Planned(prepared.plan, operands.addresses());
+  std::shared_ptr<CudaStopwatch> stopwatch;
+  if (recorder.times_stream()) stopwatch = std::make_shared<CudaStopwatch>(stream);
   operands.CopyIn();
   state.channel.Turn([&](const TimelinePoint& ready, const TimelinePoint& done) {
     recorder.Submitted(context->Run(std::move(prepared), operands.addresses(),
@@ -174,6 +178,10 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, c
                                     }));
   });
   operands.CopyOut();
+  if (stopwatch != nullptr) {
+    stopwatch->Stop();
+    recorder.StreamTimed(std::move(stopwatch));
+  }
   recorder.Finish(operands.imported_bytes(), operands.staged_bytes());
 }
 

@@ -13,6 +13,7 @@ using Result = int;
 using DevicePointer = unsigned long long;
 using Stream = struct StreamOpaque*;
 using Context = struct ContextOpaque*;
+using Event = struct EventOpaque*;
 using ExternalSemaphore = struct ExternalSemaphoreOpaque*;
 using ExternalMemory = struct ExternalMemoryOpaque*;
 using AllocationHandle = unsigned long long;
@@ -72,6 +73,12 @@ struct ExternalSemaphoreParams {
   X(GetErrorString, "cuGetErrorString", Result (*)(Result, const char**))                   \
   X(StreamGetContext, "cuStreamGetCtx", Result (*)(Stream, Context*))                       \
   X(SynchronizeStream, "cuStreamSynchronize", Result (*)(Stream))                           \
+  X(CreateEvent, "cuEventCreate", Result (*)(Event*, unsigned))                             \
+  X(DestroyEvent, "cuEventDestroy_v2", Result (*)(Event))                                   \
+  X(RecordEvent, "cuEventRecord", Result (*)(Event, Stream))                                \
+  X(QueryEvent, "cuEventQuery", Result (*)(Event))                                          \
+  X(SynchronizeEvent, "cuEventSynchronize", Result (*)(Event))                              \
+  X(ElapsedTime, "cuEventElapsedTime", Result (*)(float*, Event, Event))                    \
   X(PushContext, "cuCtxPushCurrent_v2", Result (*)(Context))                                \
   X(PopContext, "cuCtxPopCurrent_v2", Result (*)(Context*))                                 \
   X(GetDevice, "cuCtxGetDevice", Result (*)(int*))                                          \

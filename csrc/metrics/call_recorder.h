@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "attention/dispatch_plan.h"
 #include "interop/operands.h"
@@ -23,6 +24,9 @@ class CallRecorder {
   // Whether the host will read what kernels wrote.
   bool host_reads() const { return work_ != nullptr; }
   void Submitted(const Submission& submission);
+  // Whether the stream that calls, if there is one, is to be timed.
+  bool times_stream() const { return record_.timestamps != nullptr && problem_.counts_work; }
+  void StreamTimed(std::shared_ptr<const StreamTime> time) { record_.stream = std::move(time); }
   void Finish(std::uint64_t imported_bytes, std::uint64_t staged_bytes);
 
  private:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/dispatch_plan.h"
+#include "metrics/stream_time.h"
 #include "metrics/timestamps.h"
 #include "metrics/work_counts.h"
 
@@ -40,6 +41,7 @@ struct DispatchRecord {
   std::int64_t arrived = 0, submitted = 0, ended = 0;
   std::shared_ptr<const Timestamps> timestamps;  // null: not timed
   std::shared_ptr<const WorkCounts> work;        // null: not counted
+  std::shared_ptr<const StreamTime> stream;      // null: no stream, or not timed
 };
 
 }  // namespace jax_aat

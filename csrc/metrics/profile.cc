@@ -29,7 +29,8 @@ bool Gone(const DispatchRecord& record) {
 
 bool Ready(const DispatchRecord& record) {
   return (record.timestamps == nullptr || record.timestamps->Ready()) &&
-         (record.work == nullptr || record.work->Ready());
+         (record.work == nullptr || record.work->Ready()) &&
+         (record.stream == nullptr || record.stream->Ready());
 }
 
 struct Profile {
@@ -49,9 +50,11 @@ struct Profile {
         clocks.emplace(entry.context, SampleClocks(*entry.context));
     }
     if (measured && record.work != nullptr) entry.call.work = record.work->Sum();
+    if (measured && record.stream != nullptr) entry.call.stream_seconds = record.stream->Seconds();
     // Their memory serves later calls.
     record.timestamps = nullptr;
     record.work = nullptr;
+    record.stream = nullptr;
     entry.call.record = std::move(record);
     entries.push_back(std::move(entry));
   }

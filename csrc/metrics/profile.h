@@ -16,6 +16,7 @@ struct ProfiledCall {
   // the device has no timestamps.
   std::vector<double> stamps;
   std::optional<Work> work;
+  std::optional<double> stream_seconds;
 };
 
 // Throws std::logic_error if one was started already.
