@@ -28,6 +28,7 @@ def attend(
     adaptation: Adaptation,
     implementation: str,
     plan: TilePlan | None = None,
+    past: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> tuple[jax.Array, jax.Array, TilePlan]:
     """Attention at the levels of a plan.
 
@@ -37,6 +38,8 @@ def attend(
       adaptation: How a plan is made if none is given, and which levels are corrected.
       implementation: 'xla' or 'vulkan'.
       plan: Levels to use; None: chosen for these operands.
+      past: What a state says of the plan to be chosen: log lambda and previous levels, as those of
+        `jax_aat.router.route`.
 
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
@@ -48,12 +51,12 @@ def attend(
         and plans_in_one_submission(operands, adaptation)
     ):
         grid = grid_of(operands, adaptation)
-        goal = shader_goal(operands, options, grid, adaptation)
+        goal = shader_goal(operands, options, grid, adaptation, *past)
         made = plan_and_attend(operands | goal, options, adaptation)
         out, lse = made[Slot.OUT], made[Slot.LSE]
         return out, lse, TilePlan.of_results(made, grid, options, adaptation)
     if plan is None:
-        plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
+        plan = TilePlan.choose(operands, options, adaptation, *past, implementation)
     else:
         plan = plan.for_call(operands, options)
     plan = jax.tree.map(jax.lax.stop_gradient, plan)
@@ -103,9 +106,10 @@ def attend_observed(
     Returns:
       out [B, T, N, H], logsumexp [B, T, N], the next state if there is one, the report if wanted.
     """
-    if plan is None and state is not None:
-        plan = _planned(operands, options, adaptation, implementation, state)
-    out, lse, plan = attend(operands, options, adaptation, implementation, plan)
+    past = (None, None) if state is None else (state.log_price, state.levels)
+    if plan is None and state is not None and state.plan is not None:
+        plan = _kept(operands, options, adaptation, implementation, state, state.plan)
+    out, lse, plan = attend(operands, options, adaptation, implementation, plan, past)
     if state is None and not reports:
         return out, lse, None, None
     found = Audit.empty(plan.grid.heads)
@@ -128,22 +132,20 @@ def attend_observed(
     return out, lse, following, report if reports else None
 
 
-def _planned(
+def _kept(
     operands: Operands,
     options: Options,
     adaptation: Adaptation,
     implementation: str,
     state: ResolutionState,
+    kept: TilePlan,
 ) -> TilePlan:
-    """The plan of a call by its state: a new one every `replan_every` calls."""
+    """The plan of a state that keeps one: replaced every `replan_every` calls."""
 
     def chosen() -> TilePlan:
         past = (state.log_price, state.levels)
         return TilePlan.choose(operands, options, adaptation, *past, implementation)
 
-    if state.plan is None:
-        return chosen()
-    kept = state.plan
     planned: TilePlan = lax.cond(
         state.step % adaptation.replan_every == 0,
         chosen,

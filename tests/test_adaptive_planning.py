@@ -133,6 +133,31 @@ def test_attention_takes_the_plan_of_the_shaders(rng, one_submission, shape, ada
     assert ("cross_tile_router" in str(last_dispatch())) == one_submission
 
 
+def test_a_state_is_told_in_the_submission_that_attends(rng, monkeypatch):
+    """Price and previous levels steer the same plan there as where it is made apart."""
+    adaptation = Adaptation(tolerance=0.3, query_tile=32, audit_rate=0.125)
+    arrays = inputs(rng, 300)
+    start = ResolutionState.init(*arrays[:2], adaptation, is_causal=True)
+    ran = {}
+    for together in (True, False):
+        monkeypatch.setattr(adaptive, "plans_in_one_submission", lambda *_, is_so=together: is_so)
+
+        @jax.jit
+        def step(state, *values):
+            options = {"adaptation": adaptation, "is_causal": True, "implementation": "vulkan"}
+            return tiled_attention(*values, state=state, **options)
+
+        state, outs = start, []
+        for _ in range(3):
+            before = last_dispatch().sequence if last_dispatch() else 0
+            out, state = jax.block_until_ready(step(state, *arrays))
+            assert last_dispatch().sequence == before + (1 if together else 2)
+            outs.append(out)
+        ran[together] = outs, state
+    assert_same_bits(*ran.values())
+    assert not np.array_equal(*ran[True][0][1:])  # the price has moved
+
+
 def test_second_derivatives(rng, one_submission):
     q, k, v = inputs(rng, 200)
 
