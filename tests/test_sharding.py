@@ -124,6 +124,31 @@ def test_batch_and_heads_over_a_mesh(name, axis_type, attention, implementation,
                 assert re.findall(COLLECTIVES, compiled.as_text()) == []
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_that_no_array_names(axis_type, attention, rng):
+    """As at the first step under `jax.set_mesh`, where nothing was placed yet."""
+    arrays = [np.asarray(x) for x in make_arrays(rng, 4, 2)]
+    gradient = passes(attention)["gradient"]
+    with jax.set_mesh(mesh_of(4, 2, axis_type)):
+        assert_close(jax.jit(gradient)(*arrays), expected_of(arrays)["gradient"], 1e-4)
+
+
+def test_a_mesh_that_a_constraint_alone_names(attention, rng):
+    mesh = mesh_of(2, 4)
+    arrays = make_arrays(rng, 4, 4)
+
+    def constrained(*arrays):
+        return attention(*map(jax.lax.with_sharding_constraint, arrays, specs_of()))
+
+    with jax.set_mesh(mesh):
+        for which, function in passes(constrained).items():
+            compiled = jax.jit(function).lower(*arrays).compile()
+            result = compiled(*arrays)
+            assert_close(result, expected_of(arrays)[which], 1e-4)
+            assert re.findall(COLLECTIVES, compiled.as_text()) == []
+        assert result[0].sharding.is_equivalent_to(NamedSharding(mesh, QUERY), 4)
+
+
 def test_gradients_of_replicated_keys(attention, implementation, rng):
     """Queries split by heads, keys not: what the devices found is summed."""
     mesh = mesh_of(2, 4)

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding, use_abstract_mesh
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    Sharding,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 from jax.sharding import PartitionSpec as P
 
 from jax_aat.problem import KV_LIKE, LISTS, Extents, Operands, Slot, by_slot, extents
@@ -38,12 +45,15 @@ def partitioned(call: Call, operands: Operands, results: Results) -> Sequence[ja
     sizes = extents(operands)
     shapes = {slot: x.shape for slot, x in operands.items()}
     shapes |= {slot: t.shape for slot, t in results.items()}
+    ambient = get_abstract_mesh()
 
     @custom_partitioning
     def function(*values: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(call(by_slot(slots, values), results))
 
     def partition(mesh: Mesh, args: Any, outs: Any) -> Any:
+        if mesh.empty:
+            mesh = _mesh_of_call(args[0].sharding, args[0].shape, ambient)
         specs = {
             slot: _spec(mesh, x.sharding, x.shape) for slot, x in zip(slots, args, strict=True)
         }
@@ -128,6 +138,17 @@ def _spec(mesh: Mesh, sharding: Sharding, shape: tuple[int, ...]) -> P:
             if all(candidate[device][axis] == parts[device][axis] for device in devices):
                 entries[axis] = names
     return P(*entries)
+
+
+def _mesh_of_call(sharding: Sharding, shape: tuple[int, ...], ambient: AbstractMesh) -> Mesh:
+    """The mesh of a call none of whose arrays names one: what `jax.set_mesh` has set, if it fits.
+
+    JAX then tells of the devices by the shardings alone.
+    """
+    devices = np.array(list(sharding.devices_indices_map(shape)))
+    if ambient.size == devices.size:
+        return Mesh(devices.reshape(ambient.axis_sizes), ambient.axis_names)
+    return Mesh(devices, ("devices",))
 
 
 def _count(mesh: Mesh, names: AxisNames) -> int:
