@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
@@ -23,15 +24,34 @@ from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import candidate_share, dense_flops, has_state, hidden_rows, planning_flops
 
-SHORTEST, SHORTEST_PLANNED = 512, 1024
-"""Lengths that measuring starts with; a plan of fewer keys has nothing to choose from."""
-LONGEST = 8192
 ENOUGH = 5e-3
 """Seconds of the device after which a call tells what longer ones take."""
 RUNS = 3
 """Of which the fastest counts; one before them compiles."""
 
 _BY_TILE_AND_GRANULE = ("plan_price", "plan_levels", "plan_lists", "plan_key_lists", "work_lists")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the calls that are measured.
+
+    Attributes:
+      shortest: That of the first one.
+      shortest_planned: The same with a plan, which has nothing to choose from among fewer keys.
+      longest: None is longer.
+      factor: From one to the next.
+    """
+
+    shortest: int
+    shortest_planned: int
+    longest: int
+    factor: int
+
+
+ON_PROCESSORS = Lengths(512, 1024, 8192, 2)
+ON_GPUS = Lengths(4096, 4096, 65536, 4)
+"""Shorter calls leave a GPU half empty and tell little of longer ones."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +170,9 @@ class Sizes:
         if family == "cross_tile_router":
             assert self.adaptation is not None
             share = candidate_share(self.adaptation)
-            judged = judged_super_tiles(self._operands, grid, share)
-            return float(tiles * min(self.keys, judged * SUPER_TILE))
+            judged = judged_super_tiles(self._operands, grid, share) * SUPER_TILE
+            seen = np.arange(1, self.queries + 1) if self.causal else np.array([self.keys])
+            return float(tiles * np.minimum(seen, min(self.keys, judged)).mean())
         if family in _BY_TILE_AND_GRANULE:
             return float(tiles * grid.granules)
         if family.startswith("attend_") and family != "attend_backward_delta":
@@ -208,8 +229,9 @@ def estimate(
 ) -> Estimate:
     """Predicts time, FLOPs and memory of a call of `tiled_attention` by Vulkan, before it runs.
 
-    Calls of the same kind with up to 8,192 queries are run, on random operands, until one takes
-    5 ms; so the answer is of this device, and takes as long as compiling those calls.
+    Shorter calls of the same kind are run, on random operands, until one takes 5 ms, of up to 8,192
+    queries on a processor and 65,536 on a GPU; so the answer is of this device, and takes as long
+    as compiling those calls.
 
     Args:
       query_shape: (B, T, N, H).
@@ -289,11 +311,14 @@ def _sizes(
 
 def _measure(sizes: Sizes, gradients: bool) -> tuple[_Measured, _Measured]:
     """Profiled calls of two lengths, the longer one last."""
-    first = SHORTEST if sizes.adaptation is None else SHORTEST_PLANNED
-    length = min(first, sizes.queries)
+    device = vulkan.default_device()
+    lengths = ON_PROCESSORS if device is None or device.kind == "cpu" else ON_GPUS
+    longest = min(lengths.longest, sizes.queries)
+    first = lengths.shortest if sizes.adaptation is None else lengths.shortest_planned
+    length = min(first, longest)
     found = [_profiled(sizes.of_length(length), gradients)]
-    while _seconds(found[-1]) < ENOUGH and 2 * length <= min(sizes.queries, LONGEST):
-        length *= 2
+    while _seconds(found[-1]) < ENOUGH and length < longest:
+        length = min(lengths.factor * length, longest)
         found.append(_profiled(sizes.of_length(length), gradients))
     if len(found) == 1:
         found.insert(0, _profiled(sizes.of_length(-(-length // 2)), gradients))

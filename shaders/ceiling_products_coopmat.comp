@@ -20,14 +20,21 @@ layout(push_constant) uniform Push { uvec2 target; };
 
 void main() {
   uint self = gl_LocalInvocationID.x;
-  // Not constants, and so small that no sum leaves the normal numbers.
-  Left left = Left(Element(1e-3 * float(self)));
-  Right right = Right(Element(1e-3));
+  // Not constants, and so small that no sum leaves the normal numbers. No two elements are alike: a
+  // product of which one half equals the other is made but once.
+  Left left;
+  Right right;
   Accumulator sums[CHAINS];
-  [[unroll]] for (uint i = 0; i < CHAINS; ++i) sums[i] = Accumulator(float(i));
+  [[unroll]] for (uint n = 0; n < LANE_ELEMENTS; ++n) {
+    left[n] = Element(1e-4 * float(self + 7 * n));
+    right[n] = Element(1e-4 * float(self + 5 * n + 1));
+    [[unroll]] for (uint i = 0; i < CHAINS; ++i) sums[i][n] = float(i + 3 * n);
+  }
   for (uint step = 0; step < STEPS; ++step) {
     [[unroll]] for (uint i = 0; i < CHAINS; ++i) sums[i] = coopMatMulAdd(left, right, sums[i]);
   }
   [[unroll]] for (uint i = 1; i < CHAINS; ++i) sums[0] += sums[i];
-  Target(target).sum[self] = sums[0][0];
+  float sum = 0.0;
+  [[unroll]] for (uint n = 0; n < LANE_ELEMENTS; ++n) sum += sums[0][n];
+  Target(target).sum[self] = sum;
 }
