@@ -335,7 +335,8 @@ void main() {
         coopMatStore(Rounded(dk[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       }
       barrier();
-      exchange_out(view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, tile.kv_head, 1), tile, t);
+      View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, tile.kv_head, 1);
+      exchange_out(part_view(view, tile.part), tile, t);
       barrier();
     }
     if (has(FEATURE_DV)) {
@@ -346,7 +347,8 @@ void main() {
         coopMatStore(Rounded(dv[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       }
       barrier();
-      exchange_out(view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, tile.kv_head, 1), tile, t);
+      View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, tile.kv_head, 1);
+      exchange_out(part_view(view, tile.part), tile, t);
       barrier();
     }
   }

@@ -52,6 +52,21 @@ std::uint32_t KeyListTiles(const AttentionParams& params) {
   return DivideUp(params.keys, kKeyTileRows) + DivideUp(params.coarse_rows, kKeyTileRows);
 }
 
+std::uint32_t CoarseListParts(const AttentionParams& params) {
+  constexpr std::uint64_t kWantedTiles = 512, kLeastTilesOfPart = 8;
+  constexpr std::uint32_t kMostParts = 16;
+  const std::uint64_t tiles = std::uint64_t{DivideUp(params.coarse_rows, kKeyTileRows)} *
+                              params.kv_heads * params.batch_count;
+  const std::uint64_t listed =
+      std::uint64_t{params.plan_tiles} * (params.query_heads / params.kv_heads / TileHeads(params));
+  std::uint32_t parts = 1;
+  while (parts < kMostParts && parts * tiles < kWantedTiles &&
+         listed >= 2 * parts * kLeastTilesOfPart) {
+    parts *= 2;
+  }
+  return parts;
+}
+
 std::uint32_t PlanTileRows(const AttentionParams& params) {
   return params.plan_positions * TileHeads(params);
 }

@@ -8,6 +8,7 @@
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
 #include "attention/plan_builder.h"
+#include "attention/plan_shape.h"
 #include "attention/state_planner.h"
 #include "attention/tile_planner.h"
 
@@ -149,8 +150,12 @@ class Planner {
       }
     }
     if (wants_coarse_rows) {
-      Dispatch& dispatch = AddKernel(dkv_shape, kScoreFeatures | cotangents,
-                                     KeyTiles(dkv_shape, params_.coarse_rows), key_products);
+      // Only scratch has room for the sums of parts.
+      const std::uint32_t parts = Has(FEATURE_MAKES_MEANS) ? CoarseListParts(params_) : 1;
+      TileGrid tiles = KeyTiles(dkv_shape, params_.coarse_rows);
+      tiles.tiles *= parts;
+      Dispatch& dispatch = AddKernel(dkv_shape, kScoreFeatures | cotangents, tiles, key_products);
+      dispatch.specialization.push_back(parts);
       dispatch.key_rows = KeyRows::kCoarse;
       std::uint32_t& features = dispatch.specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;

@@ -51,8 +51,8 @@ class StatePlanner {
 
   void AddCotangents() {
     if (WantsKeys()) {
-      AddCoarseRows(OPERAND_DCOARSE_K);
-      AddCoarseRows(OPERAND_DCOARSE_V);
+      AddCoarseRows(OPERAND_DCOARSE_K, CoarseListParts(params_));
+      AddCoarseRows(OPERAND_DCOARSE_V, CoarseListParts(params_));
     }
     if (!Corrects()) return;
     AddLevelPairs(OPERAND_DLEVEL_BIAS);
@@ -71,6 +71,13 @@ class StatePlanner {
     builder_.AddBarrier();
     if (Corrects() && builder_.Has(FEATURE_DQ)) AddRowKernel("state_query_gradient", kFeatures);
     if (!WantsKeys()) return;
+    const std::uint32_t parts = CoarseListParts(params_);
+    if (parts > 1) {
+      AddByDtype("sum_parts", FEATURE_DCOARSE_K | FEATURE_DCOARSE_V,
+                 DivideUp(params_.coarse_rows * Quads(), Threads()) * Heads())
+          .specialization.push_back(parts);
+      if (!Corrects()) builder_.AddBarrier();
+    }
     if (Corrects()) {
       if (builder_.Has(FEATURE_DK)) {
         AddByDtype("state_variance_gradient", kFeatures,
@@ -133,9 +140,9 @@ class StatePlanner {
   // Of the queries, by as many positions as a super-tile has keys.
   std::uint64_t Parts() const { return DivideUp(params_.queries, kSuperTileRows); }
 
-  // Scratch in the dtype of the keys.
-  void AddCoarseRows(std::uint32_t slot) {
-    const std::uint64_t a_head = std::uint64_t{params_.coarse_rows} * params_.head_dim;
+  // Scratch in the dtype of the keys: so many times as many rows as there are coarse ones.
+  void AddCoarseRows(std::uint32_t slot, std::uint64_t times = 1) {
+    const std::uint64_t a_head = times * params_.coarse_rows * params_.head_dim;
     OperandLayout& layout = params_.operand[slot];
     layout.column_stride = 1;
     layout.row_stride = params_.head_dim;

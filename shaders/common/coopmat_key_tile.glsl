@@ -2,8 +2,8 @@
 // the queries on its transposed work list.
 #include "common/coopmat_rows.glsl"
 #include "common/coopmat_scores.glsl"
-#include "common/key_list.glsl"
 #include "common/launch_order.glsl"
+#include "common/list_parts.glsl"
 
 const bool COARSE_TILE = (FEATURES & FEATURE_COARSE_TILE) != 0;
 
@@ -11,19 +11,22 @@ struct KeyTile {
   uint first_key;
   uint kv_head;
   WorkList list;  // what it sees
-  PlanList plan;  // the same by a plan
+  PlanList plan;  // the same by a plan: a part of it
+  uint part;
 };
 
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
-  uint tiles = divide_up(tile_row_end(), TILE_ROWS), head, number;
+  uint tiles = divide_up(tile_row_end(), TILE_ROWS) * LIST_PARTS, head, number;
   if (!launched_tile(workgroup_index(), tiles, head, number)) return false;
   set_batch(head / PARAMS.kv_heads);
   uint kv_head = head % PARAMS.kv_heads;
+  tile.part = subgroupBroadcastFirst(number % LIST_PARTS);
+  number /= LIST_PARTS;
   tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);
   tile.kv_head = subgroupBroadcastFirst(kv_head);
   if (has(FEATURE_PLAN)) {
-    PlanList plan = plan_list(kv_head, number * TILE_ROWS);
+    PlanList plan = part_of(plan_list(kv_head, number * TILE_ROWS), tile.part);
     tile.plan = PlanList(subgroupBroadcastFirst(plan.entries),
                          subgroupBroadcastFirst(plan.first_entry),
                          subgroupBroadcastFirst(plan.count),

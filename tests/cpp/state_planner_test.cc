@@ -55,6 +55,7 @@ std::map<std::string, std::uint64_t> Grids(const AttentionParams& params, std::u
           {"state_query_gradient", rows_of_part / 64 * parts},
           {"state_variance_gradient", DivideUp(quads, 4) * parts},
           {"state_suffix", vectors},
+          {"sum_parts", DivideUp(params.coarse_rows * quads, threads) * heads},
           {"key_gradients", DivideUp(params.keys, 64) * heads}};
 }
 
@@ -80,8 +81,10 @@ std::vector<Expected> ExpectedAround(const AttentionProblem& problem, std::uint6
     add("state_correction", corrects, true);
   } else {
     const bool queries = corrects && has(FEATURE_DQ);
+    const bool parts = keys && CoarseListParts(problem.params) > 1;
     add("state_query_gradient", queries, true);
-    add("state_variance_gradient", corrects && has(FEATURE_DK), !queries);
+    add("sum_parts", parts, !queries);
+    add("state_variance_gradient", corrects && has(FEATURE_DK), !queries && !parts);
     add("state_suffix", corrects && keys, true);
     add("key_gradients", keys, true);
   }
@@ -93,7 +96,7 @@ void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch
   for (const Expected& one : expected) {
     EXPECT(dispatch->shader.substr(0, dispatch->shader.find('.')) == one.shader);
     EXPECT(dispatch->barrier_before == one.barrier);
-    EXPECT(dispatch->specialization.size() == 12);
+    EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 13 : 12));
     EXPECT(dispatch->specialization[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch->groups[0], y = dispatch->groups[1];
     EXPECT(x * y >= one.workgroups && x * (y - 1) < one.workgroups);
@@ -121,7 +124,15 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
            std::uint64_t{2} * params.queries * params.query_heads * params.batch_count);
   }
   if (problem.pass != Pass::kBackward || !(problem.features & (FEATURE_DK | FEATURE_DV))) return;
-  EXPECT(words[OPERAND_DCOARSE_K] >= coarse && words[OPERAND_DCOARSE_V] >= coarse);
+  const std::uint64_t parts_of_lists = CoarseListParts(params);
+  EXPECT(words[OPERAND_DCOARSE_K] >= parts_of_lists * coarse);
+  EXPECT(words[OPERAND_DCOARSE_V] >= parts_of_lists * coarse);
+  for (const Dispatch& dispatch : plan.dispatches) {
+    if (dispatch.key_rows != KeyRows::kCoarse) continue;
+    const std::uint64_t tiles = DivideUp(params.coarse_rows, dispatch.specialization[4]) * heads;
+    EXPECT(dispatch.specialization.at(12) == parts_of_lists);
+    EXPECT(std::uint64_t{dispatch.groups[0]} * dispatch.groups[1] >= tiles * parts_of_lists);
+  }
   if (problem.features & FEATURE_CORRECTS) {
     const std::uint64_t parts = DivideUp(params.queries, 1024);
     EXPECT(words[OPERAND_DSTATE] >= heads * std::max(super_tiles, parts) * state);
