@@ -112,17 +112,12 @@ def speedups(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
-def exponents(rows: Iterable[Row], shortest: int = 0) -> list[Row]:
-    """The exponent of time over length: least squares of logarithms, of calls in a row.
-
-    Args:
-      rows: Those that were measured.
-      shortest: Lengths that count.
-    """
+def exponents(rows: Iterable[Row]) -> list[Row]:
+    """The exponent of time over length: least squares of logarithms, of calls in a row."""
     found = []
     for group in groups_of(row for row in rows if "failed" not in row).values():
         for contender in dict.fromkeys(row["contender"] for row in group):
-            lines = [x for x in group if x["contender"] == contender and x["keys"] >= shortest]
+            lines = [x for x in group if x["contender"] == contender]
             if len({row["keys"] for row in lines}) < 2:
                 continue
             x, y = (np.log([row[name] for row in lines]) for name in ("keys", "pipelined"))
