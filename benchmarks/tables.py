@@ -49,15 +49,17 @@ def is_dense(row: Row) -> bool:
     return not is_adaptive(row) and not row["contender"].startswith("torch flex")
 
 
+def figure(value: float | None, form: str) -> str:
+    """A number, or nothing where it is not known."""
+    return "" if value is None else format(value, form)
+
+
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     start = [str(row["keys"]), row["contender"]]
     if "failed" in row:
         path = row["failed"] if row["failed"].startswith("skipped") else f"failed: {row['failed']}"
         return [*start, *[""] * 8, path]
-
-    def figure(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
 
     path = row["path"]
     kernels = path.partition(": ")[2].split()
@@ -68,6 +70,8 @@ def cells(row: Row) -> list[str]:
         path += f"; {row['planning']:.3g} ms, {share:.0%}, of them plan"
     if row.get("budget_spent", 0) > 1.001:
         path += f"; budget overspent {row['budget_spent']:.3g} times"
+    if "facts_failed" in row:
+        path += f"; FLOPs not known: {row['facts_failed']}"
     if "not_checked" in row:
         path += f"; not checked: {row['not_checked']}"
     memory = row.get("memory")
@@ -153,7 +157,7 @@ def render(facts: Row, rows: Sequence[Row]) -> str:
                 calls, single = row["pipelined"], row["latency"]
                 line = [title(row), contender, str(row["keys"]), calls["fastest"]]
                 line += [f"{calls['times_as_fast']:.2f}", f"{single['times_as_fast']:.2f}"]
-                line += [f"{row['ifq']:.5f}", f"{row['relative_flops']:.4f}"]
+                line += [f"{row['ifq']:.5f}", figure(row["relative_flops"], ".4f")]
                 lines.append([*line, crossover(mine) if row is mine[-1] else ""])
     if lines:
         parts.append("### Times as fast as the fastest dense contender")

@@ -239,6 +239,24 @@ def test_a_row_says_what_ran_and_a_failure_is_a_row(monkeypatch, tmp_path: Path)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_times_stand_where_the_rest_cannot_be_told() -> None:
+    case = case_of(32)
+    arrays = case.arrays(seed=0)
+
+    def failing():
+        raise MemoryError("no room")
+
+    made = dataclasses.replace(made_of(arrays[0]), facts=failing)
+    expected = sampling.expect(case, arrays, backward=False)
+    row = attention.run_row(case, lambda *_: made, False, arrays, expected, 3, 0.1)
+    assert row["facts_failed"] == "MemoryError: no room"
+    assert row["pipelined"] > 0
+    assert "failed" not in row
+    row |= dict.fromkeys(tables.GROUP, 1) | {"keys": 32, "contender": "jax_aat adaptive 1"}
+    dense = row | {"contender": "torch flash", "relative_flops": 1.0}
+    assert "FLOPs not known: MemoryError" in tables.render({}, [row, dense])
+
+
 def test_speedup_is_over_the_fastest_dense_contender() -> None:
     common = dict.fromkeys(tables.GROUP, 0) | {"ifq": 1.0, "relative_flops": 0.5}
     times = {"jax_aat adaptive 0.1": 2.0, "torch flex 128 at 0.1": 1.0, "a": 5.0, "b": 4.0}
