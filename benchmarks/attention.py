@@ -1,58 +1,103 @@
-r"""Times tiled attention beside JAX's and PyTorch's, and states each one's error.
+r"""Times attention of this package beside JAX's and PyTorch's, and states each one's error.
 
-    python benchmarks/attention.py                                     # on a GPU
-    python benchmarks/attention.py --lengths 256 --batch 1 --heads 4 --dtype float32 \
-        --repeats 5 --contenders "jax_aat" "jax.nn xla"                # on a processor
+    python benchmarks/attention.py --lengths 4096 16384 65536 262144 --heads 8 --kv-heads 2 \
+        --batch 1 --inputs clustered                                           # on a GPU
+    python benchmarks/attention.py --lengths 256 512 --batch 1 --heads 4 --head-dims 32 \
+        --dtype float32 --repeats 3 --contenders "jax_aat exact" "jax_aat adaptive" "jax.nn xla" \
+        --budgets 0.5                                                          # on a processor
+
+One run writes a table, JSON and a picture to ``benchmarks/results``, after every case, so that what
+was measured stays if it is stopped. A contender that fails, is not installed or would not fit is
+one row that says why.
 
 Three times a row, in milliseconds: ``latency``, the median of single calls, each waited for;
 ``pipelined``, the mean over calls that are started one after another and waited for together;
 ``kernel``, the median of the device's own time stamps, where the contender has them. Rates are
-taken from ``kernel``, else from ``pipelined``; forward and backward count as 3.5 forward passes.
-The error is that of the first head against float32, the largest of out, dq, dk, dv, each as
-||x - reference|| / ||reference||. A table and a JSON file are written to ``benchmarks/results``.
+taken from ``kernel``, else from ``pipelined``, and count the FLOPs that the contender spent;
+forward and backward count as 3.5 forward passes. Adaptive attention plans anew in every call.
+
+``error`` is the largest of those of out, dq, dk, dv, each as ||x - right|| / ||right|| against
+float32; ``IFQ`` is 1 - sum ||out - right||^2 / sum ||right||^2. They are of rows that are drawn
+from the first batch entry (`sampling.py`). ``FLOPs`` are those of a forward pass over those of
+exact attention: 1 for dense ones, from its report for adaptive attention, from its blocks for
+FlexAttention. ``memory`` is the most device memory taken, operands and results included, by what
+``memory_from`` in the JSON says (`passes.py`). What is attended to is in `inputs.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
-import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import inputs
 import numpy as np
-from contenders import CONTENDERS
+from passes import Array, Maker, Measured, SkippedError
+from sampling import Expected, expect, judge
+from speed_contenders import NAMES, Budget, chosen
 from surroundings import surroundings
-from tabulate import tabulate
+from tables import line_of, write
+from torch_contenders import release_memory
 
-from jax_aat.commands.contenders import Case, Pass, errors, reference
+from jax_aat.commands.contenders import Case, Pass
 
 FOLDER = Path(__file__).parent
+PASSES = ("forward", "forward+backward")
+_WARM_UP = 2
+_LEAST_REPEATS = 3
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--output", type=Path, default=FOLDER / "results")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[4096, 16384])
+    add("--head-dims", type=int, nargs="+", default=[64, 128])
+    add("--batch", type=int, nargs="+", default=[4])
+    add("--heads", type=int, default=16)
+    add("--kv-heads", type=int, nargs="+", help="default: as many as heads")
+    add("--causal", choices=["both", "yes", "no"], default="both")
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    add("--inputs", choices=inputs.KINDS, default="noise")
+    add("--model", type=Path, help="folder of weights or captured file, for --inputs model")
+    add("--layer", type=int, default=0, help="layer of the model, where it is a folder")
+    add("--contenders", nargs="+", default=list(NAMES), choices=NAMES)
+    add("--budgets", type=float, nargs="*", default=[0.125], help="fractions of exact attention")
+    add("--budget-keys", type=float, nargs="*", default=[], help="keys a query, at every length")
+    add("--flex-blocks", type=int, nargs="+", default=[128], help="sizes of FlexAttention's blocks")
+    add("--repeats", type=int, default=30)
+    add("--seconds", type=float, default=2.0, help="a row's timing stops repeating after them")
+    add("--output", type=Path, default=FOLDER / "results")
+    add("--name", help="of the files; default: attention and the date")
+    return parser.parse_args(arguments)
 
 
-def measure(made: Pass, repeats: int) -> dict[str, float | None]:
+def cases_of(args: argparse.Namespace) -> Iterator[Case]:
+    """The problems, the shortest first: what can fail for want of memory comes last."""
+    causal = {"both": [False, True], "yes": [True], "no": [False]}[args.causal]
+    kv_heads = args.kv_heads or [args.heads]
+    for sizes in itertools.product(args.lengths, args.batch, kv_heads, args.head_dims, causal):
+        length, batch, kv, head_dim, is_causal = sizes
+        yield Case(batch, args.heads, kv, length, length, head_dim, is_causal, args.dtype)
+
+
+def measure(made: Pass, repeats: int, seconds: float) -> dict[str, Any]:
     """Times a pass that has been warmed up; milliseconds."""
+    began = time.perf_counter()
+    made.wait(made.start())
+    # Each is called three times: alone, for its time stamps, and in a row.
+    once = time.perf_counter() - began
+    repeats = min(repeats, max(_LEAST_REPEATS, int(seconds / 3 / once)))
     kernels = [made.device_milliseconds() for _ in range(repeats)]
     latencies = []
     for _ in range(repeats):
@@ -69,92 +114,96 @@ def measure(made: Pass, repeats: int) -> dict[str, float | None]:
         "latency_p90": float(np.percentile(latencies, 90)),
         "pipelined": pipelined,
         "kernel": None if None in kernels else statistics.median(kernels),
+        "repeats": repeats,
     }
 
 
 def run_row(
     case: Case,
-    contender: str,
+    make: Maker,
     backward: bool,
+    arrays: list[Array],
+    expected: Expected,
     repeats: int,
-    arrays: list[np.ndarray],
-    expected: list[np.ndarray],
+    seconds: float,
 ) -> dict[str, Any]:
-    """Measures one contender on one case: the fields of a row, ``failed`` among them if it did."""
-    row = {**asdict(case), "pass": "forward+backward" if backward else "forward"}
-    row["contender"] = contender
+    """Measures one contender on one case: fields of its row, ``failed`` among them if it did."""
+    row: dict[str, Any] = {}
     try:
-        made = CONTENDERS[contender](case, arrays, backward)
-        for _ in range(3):
+        made = make(case, arrays if backward else arrays[:3], backward)
+        for _ in range(_WARM_UP):
             results = made.wait(made.start())
-        row["path"] = made.path()
-        row["errors"] = errors(case, made, results, expected)
+        row |= {"path": made.path(), **_memory(made)}
+        row |= judge(expected, made, results)
         del results
-        row |= measure(made, repeats)
+        row |= measure(made, repeats, seconds)
     except Exception as error:  # one contender that fails must not hide the others
-        row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return row
+        return row | {"failed": reason(error)}
+    try:
+        row |= made.facts()
+    except Exception as error:  # a report, say, for which there is no room: the times stand
+        return row | {"relative_flops": None, "tflops": None, "facts_failed": reason(error)}
     operations = case.floating_point_operations() * (3.5 if backward else 1.0)
-    row["tflops"] = operations / (row["kernel"] or row["pipelined"]) * 1e-9
+    milliseconds = row["kernel"] or row["pipelined"]
+    row["tflops"] = operations * row["relative_flops"] / milliseconds * 1e-9
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Draws the rows, in markdown."""
-
-    def figure(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    headers = ["S", "D", "causal", "pass", "contender", "latency ms", "pipelined ms", "kernel ms"]
-    headers += ["TFLOP/s", "error", "path"]
-    lines = []
-    for row in rows:
-        line = [row["keys"], row["head_dim"], "yes" if row["causal"] else "no", row["pass"]]
-        line.append(row["contender"])
-        if "failed" in row:
-            line += [""] * 5 + [f"failed: `{row['failed']}`"]
-        else:
-            line += [figure(row[name], ".3f") for name in ("latency", "pipelined", "kernel")]
-            line += [figure(row["tflops"], ".4g"), figure(max(row["errors"].values()), ".2e")]
-            line.append(row["path"])
-        lines.append(line)
-    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+def _memory(made: Measured) -> dict[str, Any]:
+    found = made.memory()
+    return {} if found is None else {"memory": found[0], "memory_from": found[1]}
 
 
-def write(stem: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Writes the rows so far as a table and as JSON; returns the table."""
-    text = "\n".join(f"{name}: {value}  " for name, value in facts.items()) + "\n\n" + table(rows)
-    stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    return text
+def reason(error: Exception) -> str:
+    """Why a contender failed, in a line."""
+    if isinstance(error, SkippedError):
+        return f"skipped: {error}"
+    return (f"{type(error).__name__}: {error}".splitlines() or ["unknown"])[0][:200]
 
 
-def main() -> int:
+def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of all passes and contenders of a case."""
+    budgets = [Budget(x) for x in args.budgets] + [Budget(x, True) for x in args.budget_keys]
+    contenders = chosen(args.contenders, budgets, args.flex_blocks)
+    problem = ""
+    try:
+        arrays = inputs.make(args.inputs, case, args.model, args.layer)
+    except Exception as error:
+        problem = f"no inputs: {reason(error)}"
+    for name in args.passes:
+        backward = name == PASSES[1]
+        try:
+            expected = None if problem else expect(case, arrays, backward)
+        except Exception as error:
+            problem = f"no reference: {reason(error)}"
+        for contender, make in contenders.items():
+            row = {"inputs": args.inputs, **asdict(case), "pass": name, "contender": contender}
+            if problem or expected is None:
+                yield row | {"failed": problem}
+                continue
+            yield row | run_row(case, make, backward, arrays, expected, args.repeats, args.seconds)
+            gc.collect()  # what it held of the device is free for the next one
+            release_memory()
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Runs every case and returns 1 if jax_aat failed in any."""
-    args = parse_arguments()
-    facts, rows = surroundings(), []
+    args = parse_arguments(arguments)
+    facts: dict[str, Any] = surroundings()
+    if args.inputs == "model":
+        facts["model"] = f"{args.model and args.model.name}, layer {args.layer}"
+    rows: list[dict[str, Any]] = []
     args.output.mkdir(parents=True, exist_ok=True)
-    stem = args.output / f"attention-{facts['date'].replace(':', '')[:15]}"
-    cases = itertools.product(args.lengths, args.head_dims, [False, True])
-    for length, head_dim, causal in cases:
-        case = Case(
-            args.batch,
-            args.heads,
-            args.kv_heads or args.heads,
-            length,
-            length,
-            head_dim,
-            causal,
-            args.dtype,
-        )
-        arrays = case.arrays(seed=0)
-        expected = reference(case, arrays)
-        for backward, contender in itertools.product([False, True], args.contenders):
-            rows.append(run_row(case, contender, backward, args.repeats, arrays, expected))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            text = write(stem, facts, rows)
-    print(f"\n{text}\n\nwritten: {stem}.md, {stem}.json")
-    return any("failed" in row for row in rows if row["contender"] == "jax_aat")
+    stem = args.output / (args.name or f"attention-{facts['date'].replace(':', '')[:15]}")
+    text = ""
+    for case in cases_of(args):
+        for row in run_case(case, args):
+            rows.append(row)
+            print(line_of(row), flush=True)
+        text = write(stem, facts, rows)
+    print(f"\n{text}\n\nwritten: {stem}.md, {stem}.json, {stem}.png")
+    ours = [row for row in rows if row["contender"].startswith("jax_aat")]
+    return any("failed" in row and not row["failed"].startswith("skipped") for row in ours)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,8 @@ class Pass:
       path: What computes it, read from what was compiled or has run.
       device_milliseconds: Runs one and returns the time that the device spent on it by its own
         timestamps; None where there are none.
+      memory_bytes: Device memory of operands, results and temporaries, by XLA's own analysis of
+        what it compiled; None where it has none. What kernels take for themselves is not in it.
     """
 
     start: Callable[[], Any]
@@ -65,6 +67,7 @@ class Pass:
     as_float32: Callable[[Any], Array]
     path: Callable[[], str]
     device_milliseconds: Callable[[], float | None]
+    memory_bytes: int | None = None
 
 
 class WrongPathError(RuntimeError):
@@ -122,11 +125,11 @@ def ours(
         adaptation=adaptation,
     )
     operands = [jnp.asarray(x, case.dtype) for x in arrays]
-    start, text = _compiled(attention, operands, backward)
+    start, text, memory = compile_pass(attention, operands, backward)
     if ('custom_call_target="jax_aat_' in text) != (implementation == "vulkan"):
         raise WrongPathError(f"jax_aat did not compile to {implementation}")
     if implementation == "xla":
-        return Pass(start, jax.block_until_ready, _float32, lambda: "jax_aat xla", lambda: None)
+        return jax_pass(start, "jax_aat xla", memory)
     direction = "backward" if backward else "forward"
 
     def path() -> str:
@@ -137,7 +140,7 @@ def ours(
 
     # Only the last dispatch can be asked: that of the backward pass, then that of a forward pass.
     timed = [(start, 2)] if backward else []
-    timed.append((_compiled(attention, operands, False)[0] if backward else start, 1))
+    timed.append((compile_pass(attention, operands, False).start if backward else start, 1))
 
     def device_milliseconds() -> float | None:
         total = 0.0
@@ -156,7 +159,7 @@ def ours(
             total += last.elapsed_milliseconds
         return total
 
-    return Pass(start, jax.block_until_ready, _float32, path, device_milliseconds)
+    return Pass(start, jax.block_until_ready, _float32, path, device_milliseconds, memory)
 
 
 def jax_nn(implementation: Any, case: Case, arrays: list[Array], backward: bool) -> Pass:
@@ -165,21 +168,42 @@ def jax_nn(implementation: Any, case: Case, arrays: list[Array], backward: bool)
         jax.nn.dot_product_attention, is_causal=case.causal, implementation=implementation
     )
     operands = [jnp.asarray(x, case.dtype) for x in arrays]
-    start, text = _compiled(attention, operands, backward)
+    start, text, memory = compile_pass(attention, operands, backward)
     if ("__cudnn$fmha" in text) != (implementation == "cudnn"):
         raise WrongPathError(f"jax.nn.dot_product_attention did not compile to {implementation}")
-    path = f"jax.nn {implementation}"
-    return Pass(start, jax.block_until_ready, _float32, lambda: path, lambda: None)
+    return jax_pass(start, f"jax.nn {implementation}", memory)
 
 
-def _compiled(
+class CompiledPass(NamedTuple):
+    """A pass that XLA has compiled.
+
+    Attributes:
+      start: Starts it.
+      text: What was compiled.
+      memory_bytes: As that of `Pass`.
+    """
+
+    start: Callable[[], Any]
+    text: str
+    memory_bytes: int | None
+
+
+def compile_pass(
     attention: Callable[..., jax.Array], operands: list[jax.Array], backward: bool
-) -> tuple[Callable[[], Any], str]:
-    """A function that starts a pass, and the text of what was compiled."""
+) -> CompiledPass:
+    """Compiles an attention of q, k, v for operands q, k, v and the cotangent of the output."""
     function: Callable[..., Any] = with_gradients(attention) if backward else attention
     given = operands if backward else operands[:3]
     compiled = jax.jit(function).lower(*given).compile()
-    return partial(compiled, *given), compiled.as_text() or ""
+    memory = compiled.memory_analysis()
+    parts = ("argument", "output", "temp")
+    total = memory and sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
+    return CompiledPass(partial(compiled, *given), compiled.as_text() or "", total)
+
+
+def jax_pass(start: Callable[[], Any], path: str, memory_bytes: int | None) -> Pass:
+    """A pass of JAX that has no timestamps of its own."""
+    return Pass(start, jax.block_until_ready, _float32, lambda: path, lambda: None, memory_bytes)
 
 
 def _float32(part: jax.Array) -> Array:

@@ -1,0 +1,80 @@
+"""What a benchmark of speed knows of a contender beside what the package's own command does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import jax_aat
+from jax_aat.commands.contenders import Case, Pass
+
+Array = np.ndarray[Any, Any]
+Memory = tuple[int, str] | None
+"""Bytes of device memory and what tells them."""
+
+
+class SkippedError(RuntimeError):
+    """A contender is left out of a case; says why."""
+
+
+def _dense() -> dict[str, Any]:
+    return {"relative_flops": 1.0}
+
+
+@dataclass(frozen=True)
+class Measured(Pass):
+    """A pass of which more is known once it has run.
+
+    Attributes:
+      facts: Further fields of its row; `relative_flops` is the FLOPs of one forward pass over those
+        of exact attention, planning included.
+      memory: The most device memory that it took: operands, results and all between.
+    """
+
+    facts: Callable[[], dict[str, Any]] = _dense
+    memory: Callable[[], Memory] = lambda: None
+
+
+Maker = Callable[[Case, list[Array], bool], Measured]
+"""Makes a pass of a case from q, k, v and, if the bool says that it has a backward part, dout."""
+
+
+def watch_memory() -> Callable[[int | None, bool], Memory]:
+    """Begins to watch what JAX and this package's Vulkan runtime take of the device.
+
+    XLA's allocator keeps its peak for the life of the process. Where it did not rise, what XLA's
+    own analysis of the program says is all that is known; both are without what Vulkan takes for
+    itself, which is read from its pools, emptied here.
+
+    Returns:
+      A function of the bytes by XLA's analysis and whether to add Vulkan's pools.
+    """
+    jax_aat.trim_memory()
+    before = _allocator()
+
+    def read(analysed: int | None, with_pools: bool) -> Memory:
+        after = _allocator()
+        found, source = analysed or 0, "XLA's analysis"
+        if after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0):
+            measured = after["peak_bytes_in_use"] - before["bytes_in_use"]
+            if measured > found:
+                found, source = measured, "peak of XLA's allocator"
+        if with_pools:
+            found += jax_aat.memory_stats().total.reserved_bytes
+            source += " and Vulkan's pools"
+        return (found, source) if found else None
+
+    return read
+
+
+def device_room() -> int | None:
+    """Bytes of device memory that JAX may take; None where it does not tell."""
+    return _allocator().get("bytes_limit")
+
+
+def _allocator() -> dict[str, int]:
+    return jax.devices()[0].memory_stats() or {}
