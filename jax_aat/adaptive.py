@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_aat import corrected
@@ -51,7 +52,7 @@ def attend(
         goal = shader_goal(operands, options, grid, adaptation)
         made = plan_and_attend(operands | goal, options, adaptation)
         out, lse = made[Slot.OUT], made[Slot.LSE]
-        return out, lse, TilePlan.of_results(made, grid, options, adaptation)
+        return out, lse, TilePlan.of_results(made, operands, options, adaptation)
     if plan is None:
         plan = TilePlan.choose(operands, options, adaptation, implementation=implementation)
     else:
@@ -141,12 +142,15 @@ def _planned(
         past = (state.log_price, state.levels)
         return TilePlan.choose(operands, options, adaptation, *past, implementation)
 
-    if state.plan is None:
+    kept, kept_hides = state.plan, state.plan_hides
+    if kept is None or kept_hides is None:
         return chosen()
-    kept = state.plan
-    planned: TilePlan = lax.cond(
-        state.step % adaptation.replan_every == 0,
-        chosen,
-        lambda: kept.for_call(operands, options),
-    )
+
+    def reused(hides: bool) -> TilePlan:
+        return dataclasses.replace(kept, hides=hides).for_call(operands, options)
+
+    due = state.step % adaptation.replan_every == 0
+    # Lists are made anew only where the plan hides what this call may show.
+    branches = (chosen, functools.partial(reused, False), functools.partial(reused, True))
+    planned: TilePlan = lax.switch(jnp.where(due, 0, 1 + kept_hides), branches)
     return planned

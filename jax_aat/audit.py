@@ -15,6 +15,7 @@ from jax import lax
 
 from jax_aat.levels import EXACT, Grid, unpack_levels
 from jax_aat.problem import Operands, Options, Slot
+from jax_aat.pytrees import exportable
 from jax_aat.rows import LOGITS_AT_ONCE, by_granule, probabilities
 from jax_aat.tiles import PRECISION
 
@@ -105,6 +106,8 @@ class Audit:
         blend: Audit = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, self, new)
         return blend
 
+
+exportable(Audit)
 
 _STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
 
