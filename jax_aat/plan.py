@@ -266,7 +266,10 @@ class TilePlan:
 
         Raises:
           OSError: The file cannot be written.
+          ValueError: An array is traced or abstract.
         """
+        if not is_known(self):
+            raise ValueError("plan: its arrays have no values here, expected ones to write")
         content = io.BytesIO()
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
         fixed = _to_json(tuple(getattr(self, name) for name in _FIXED))
