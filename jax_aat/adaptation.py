@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 from jax_aat.levels import EXACT, MEAN, SUPER_MEAN
 
@@ -55,11 +56,13 @@ class Adaptation:
             raise ValueError(
                 f"Adaptation: got {given}, expected exactly one of budget, tolerance and threshold"
             )
+        # Python's own numbers, so that plans can be written whichever kind was given.
         for name, value in (*goals.items(), ("audit_rate", self.audit_rate)):
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, expected a Python number")
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: got {value}, expected a finite number of at least 0")
+            object.__setattr__(self, name, float(value))
         for name in ("budget", "tolerance"):
             if goals.get(name) == 0:
                 raise ValueError(f"{name}: got 0, expected a number above 0")
@@ -67,15 +70,29 @@ class Adaptation:
             raise ValueError(f"budget: got {self.budget}, expected a fraction of at most 1")
         if self.audit_rate > 1:
             raise ValueError(f"audit_rate: got {self.audit_rate}, expected a fraction of at most 1")
-        for name, allowed in (
-            ("levels", _LEVELS),
-            ("query_tile", _QUERY_TILES),
-            ("stages", (1, 2)),
-        ):
-            if getattr(self, name) not in allowed:
-                expected = " or ".join(map(str, allowed))
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
-        if not isinstance(self.replan_every, int) or self.replan_every < 1:
-            raise ValueError(
-                f"replan_every: got {self.replan_every!r}, expected an integer of at least 1"
-            )
+        for name, allowed in (("query_tile", _QUERY_TILES), ("stages", (1, 2))):
+            expected = " or ".join(map(str, allowed))
+            value = _integer(name, getattr(self, name), expected)
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value}, expected {expected}")
+            object.__setattr__(self, name, value)
+        expected = " or ".join(map(str, _LEVELS))
+        if not isinstance(self.levels, tuple):
+            raise TypeError(f"levels: got {self.levels!r}, expected {expected}")
+        levels = tuple(_integer("levels", level, expected) for level in self.levels)
+        if levels not in _LEVELS:
+            raise ValueError(f"levels: got {levels}, expected {expected}")
+        object.__setattr__(self, "levels", levels)
+        expected = "an integer of at least 1"
+        replan_every = _integer("replan_every", self.replan_every, expected)
+        if replan_every < 1:
+            raise ValueError(f"replan_every: got {replan_every}, expected {expected}")
+        object.__setattr__(self, "replan_every", replan_every)
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    """An integer of Python, of NumPy or the like as one of Python."""
+    # True would equal 1, and 32.0 equal 32.
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}")
+    return int(value)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jax_aat import corrected
@@ -54,7 +55,7 @@ def attend(
         goal = shader_goal(operands, options, grid, adaptation, *past)
         made = plan_and_attend(operands | goal, options, adaptation)
         out, lse = made[Slot.OUT], made[Slot.LSE]
-        return out, lse, TilePlan.of_results(made, grid, options, adaptation)
+        return out, lse, TilePlan.of_results(made, operands, options, adaptation)
     if plan is None:
         plan = TilePlan.choose(operands, options, adaptation, *past, implementation)
     else:
@@ -107,8 +108,8 @@ def attend_observed(
       out [B, T, N, H], logsumexp [B, T, N], the next state if there is one, the report if wanted.
     """
     past = (None, None) if state is None else (state.log_price, state.levels)
-    if plan is None and state is not None and state.plan is not None:
-        plan = _kept(operands, options, adaptation, implementation, state, state.plan)
+    if plan is None and state is not None:
+        plan = _kept(operands, options, adaptation, implementation, state)
     out, lse, plan = attend(operands, options, adaptation, implementation, plan, past)
     if state is None and not reports:
         return out, lse, None, None
@@ -138,17 +139,21 @@ def _kept(
     adaptation: Adaptation,
     implementation: str,
     state: ResolutionState,
-    kept: TilePlan,
-) -> TilePlan:
+) -> TilePlan | None:
     """The plan of a state that keeps one: replaced every `replan_every` calls."""
+    kept, kept_hides = state.plan, state.plan_hides
+    if kept is None or kept_hides is None:
+        return None
 
     def chosen() -> TilePlan:
         past = (state.log_price, state.levels)
         return TilePlan.choose(operands, options, adaptation, *past, implementation)
 
-    planned: TilePlan = lax.cond(
-        state.step % adaptation.replan_every == 0,
-        chosen,
-        lambda: kept.for_call(operands, options),
-    )
+    def reused(hides: bool) -> TilePlan:
+        return dataclasses.replace(kept, hides=hides).for_call(operands, options)
+
+    due = state.step % adaptation.replan_every == 0
+    # Lists are made anew only where the plan hides what this call may show.
+    branches = (chosen, functools.partial(reused, False), functools.partial(reused, True))
+    planned: TilePlan = lax.switch(jnp.where(due, 0, 1 + kept_hides), branches)
     return planned

@@ -170,7 +170,7 @@ def tiled_attention(
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
     adaptation = _adaptation(adaptation, plan, state)
-    _check_observation(checked.operands, adaptation, state, return_report)
+    _check_observation(checked.operands, checked.options, adaptation, state, return_report)
     empty = any(x.size == 0 for x in checked.operands.values())
     following, report = state, None
     if adaptation is None or empty:
@@ -244,7 +244,7 @@ def plan_tiles(
             "expected no axis of size 0"
         )
     _adaptation(adaptation, None, state)
-    _check_observation(checked.operands, adaptation, state, False)
+    _check_observation(checked.operands, checked.options, adaptation, state, False)
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
     past = (None, None) if state is None else (state.log_price, state.levels)
@@ -275,6 +275,7 @@ def _adaptation(
 
 def _check_observation(
     operands: Operands,
+    options: Options,
     adaptation: Adaptation | None,
     state: ResolutionState | None,
     return_report: bool | str,
@@ -307,6 +308,12 @@ def _check_observation(
                 f"state: was made for another replan_every than {adaptation.replan_every}: make "
                 "one by ResolutionState.init for this adaptation"
             )
+        if state.plan is not None:
+            if state.plan.adaptation != adaptation:
+                raise ValueError(
+                    f"state: was made for {state.plan.adaptation}, the call has {adaptation}"
+                )
+            state.plan.check_call(operands, options, "state")
 
 
 def _attend_adaptively(

@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from jax_aat.levels import EXACT, Grid, unpack_levels
-from jax_aat.problem import Operands, Options, Slot
+from jax_aat.problem import Operands, Options, Slot, counted
+from jax_aat.pytrees import exportable
 from jax_aat.rows import LOGITS_AT_ONCE, by_granule, probabilities
 from jax_aat.tiles import PRECISION
 
@@ -106,6 +107,8 @@ class Audit:
         return blend
 
 
+exportable(Audit)
+
 _STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
 
 
@@ -121,9 +124,7 @@ def choose_rows(
     starts = np.arange(0, queries, stretch)
     lengths = np.minimum(stretch, queries - starts)
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-    draws = jax.random.randint(
-        key, (batch, len(starts)), 0, np.broadcast_to(lengths, (batch, len(starts)))
-    )
+    draws = jax.random.randint(key, (batch, len(starts)), 0, lengths[None])
     return draws + jnp.asarray(starts, draws.dtype), lengths
 
 
@@ -152,7 +153,7 @@ def audit(
     operands, levels = lax.stop_gradient((operands, levels))
     names = (*operands, None)
     # What all batch entries share is not copied.
-    axes = [None if x.shape[0] == 1 < batch else 0 for x in (*operands.values(), levels)]
+    axes = [None if x.shape[0] == 1 != batch else 0 for x in (*operands.values(), levels)]
     values = [
         x[0] if axis is None else x
         for x, axis in zip((*operands.values(), levels), axes, strict=True)
@@ -166,7 +167,7 @@ def audit(
         return jax.vmap(entry, in_axes=(0, *axes))(positions, *values)
 
     count = positions.shape[1]
-    size = max(1, min(count, LOGITS_AT_ONCE // max(1, batch * heads * grid.keys)))
+    size = max(1, min(count, LOGITS_AT_ONCE // max(1, counted(batch) * heads * grid.keys)))
     chunks = -(-count // size)
     padded = jnp.pad(positions, [(0, 0), (0, chunks * size - count)])
     by_chunk = lax.map(chunk, jnp.moveaxis(padded.reshape(batch, chunks, size), 1, 0))

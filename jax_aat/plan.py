@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import zipfile
@@ -27,6 +28,7 @@ from jax_aat.levels import (
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives.plan import make_plan, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.pytrees import exportable, is_known
 from jax_aat.router import route
 
 _LISTS = {
@@ -36,6 +38,9 @@ _LISTS = {
     Slot.KEY_LIST_ENTRIES: "key_list_entries",
 }
 _ARRAYS = ("levels", *_LISTS.values(), "log_lambda")
+_FIXED = ("grid", "adaptation", "causal", "window", "hides")
+_HIDING = (Slot.Q_LENGTHS, Slot.KV_LENGTHS, Slot.Q_SEGMENTS, Slot.MASK)
+"""Operands that hide keys from queries, besides causality and window."""
 _NOT_A_PLAN = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 """What reading a file that holds something else raises."""
 
@@ -43,7 +48,7 @@ _NOT_A_PLAN = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zl
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=list(_ARRAYS),
-    meta_fields=["grid", "adaptation", "causal", "window"],
+    meta_fields=list(_FIXED),
 )
 @dataclasses.dataclass(frozen=True)
 class TilePlan:
@@ -64,6 +69,7 @@ class TilePlan:
       adaptation: What was aimed at.
       causal: Whether the call is causal.
       window: That of the call.
+      hides: Whether lengths, segments or a mask may have hidden more than causality and window do.
     """
 
     levels: jax.Array
@@ -76,6 +82,7 @@ class TilePlan:
     adaptation: Adaptation
     causal: bool
     window: tuple[int, int]
+    hides: bool
 
     @classmethod
     def choose(
@@ -101,22 +108,23 @@ class TilePlan:
         if implementation == "vulkan" and serves(operands, adaptation):
             goal = shader_goal(operands, options, grid, adaptation, log_lambda, previous)
             made = make_plan(operands | goal, options, adaptation)
-            return cls.of_results(made, grid, options, adaptation)
+            return cls.of_results(made, operands, options, adaptation)
         levels, log_lambda = route(operands, options, grid, adaptation, log_lambda, previous)
         return cls.of_levels(levels, log_lambda, operands, options, adaptation)
 
     @classmethod
     def of_results(
-        cls, made: Operands, grid: Grid, options: Options, adaptation: Adaptation
+        cls, made: Operands, operands: Operands, options: Options, adaptation: Adaptation
     ) -> "TilePlan":
-        """The plan that shaders made, by `jax_aat.primitives.plan`."""
+        """The plan that shaders made of a call's operands, by `jax_aat.primitives.plan`."""
         return cls(
             levels=made[Slot.LEVELS],
             log_lambda=jnp.log(made[Slot.LAMBDA]),
-            grid=grid,
+            grid=grid_of(operands, adaptation),
             adaptation=adaptation,
             causal=options.causal,
             window=options.window,
+            hides=_hides(operands),
             **{name: made[slot] for slot, name in _LISTS.items()},
         )
 
@@ -133,7 +141,12 @@ class TilePlan:
         grid = grid_of(operands, adaptation)
         capacity = Capacity.of(grid, options.causal, options.window)
         lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
-        return cls(levels, *lists, log_lambda, grid, adaptation, options.causal, options.window)
+        return cls(
+            *(levels, *lists, log_lambda, grid, adaptation),
+            causal=options.causal,
+            window=options.window,
+            hides=_hides(operands),
+        )
 
     @classmethod
     def unfilled(
@@ -143,52 +156,83 @@ class TilePlan:
         causal: bool,
         window: tuple[int, int],
         batch: int,
+        hides: bool = False,
     ) -> "TilePlan":
-        """A plan that hides everything, in the shapes of those of a call; to be replaced."""
-        capacity = Capacity.of(grid, causal, window)
-        tiles = (batch, grid.lists, grid.tiles)
-        key_tiles = grid.key_tiles + grid.coarse_tiles
+        """A plan that hides everything, in the shapes of those of a call; to be replaced.
 
-        def filled(*shape: int, value: int = 0) -> jax.Array:
-            return jnp.full(shape, value, jnp.uint32)
-
+        Args:
+          grid: That of the plan that replaces it, as are the others but `batch`.
+          adaptation: Likewise.
+          causal: Likewise.
+          window: Likewise.
+          batch: Batch size.
+          hides: Likewise: whether the call has lengths, segments or a mask.
+        """
+        empty = {"list_headers": 0, "key_list_headers": 0, "log_lambda": 0}
+        arrays = {
+            name: jnp.full((batch, *x.shape), empty.get(name, 0xFFFFFFFF), x.dtype)
+            for name, x in _types(grid, causal, window).items()
+        }
         return cls(
-            filled(*tiles, grid.words, value=0xFFFFFFFF),
-            filled(*tiles, 4),
-            filled(batch, grid.lists, capacity.entries, value=0xFFFFFFFF),
-            filled(batch, grid.kv_heads, key_tiles, 4),
-            filled(batch, grid.kv_heads, capacity.key_entries, value=0xFFFFFFFF),
-            jnp.zeros((batch, grid.lists), jnp.float32),
-            *(grid, adaptation, causal, window),
+            **arrays, grid=grid, adaptation=adaptation, causal=causal, window=window, hides=hides
         )
+
+    def check_call(self, operands: Operands, options: Options, name: str = "plan") -> None:
+        """Checks, when a call is traced, that the plan has its shapes, causality and window.
+
+        Args:
+          operands: Those of the call.
+          options: Those of the call.
+          name: What errors call the plan.
+
+        Raises:
+          ValueError: Shapes, causality or window are others, or an array has a wrong shape or
+            dtype.
+        """
+        for what, mine, theirs in (
+            ("a grid", self.grid, grid_of(operands, self.adaptation)),
+            ("is_causal", self.causal, options.causal),
+            ("local_window_size", self.window, options.window),
+            ("batch axes", jnp.shape(self.levels)[:-3], operands[Slot.Q].shape[:1]),
+        ):
+            if mine != theirs:
+                raise ValueError(f"{name}: was made for {what} of {mine}, the call has {theirs}")
+        self._check_types(name)
+
+    def _check_types(self, name: str = "plan") -> None:
+        batch = self.levels.shape[:-3]
+        for field, core in _types(self.grid, self.causal, self.window).items():
+            x, shape = getattr(self, field), (*batch, *core.shape)
+            if x.shape != shape or x.dtype != core.dtype:
+                raise ValueError(
+                    f"{name}.{field}: got {x.dtype.name}{list(x.shape)}, "
+                    f"expected {core.dtype.name}{list(shape)}"
+                )
 
     def for_call(self, operands: Operands, options: Options) -> "TilePlan":
         """The plan for a call, which must have the shapes, causality and window of its own.
 
         What lengths, segments, mask and bias of that call do not let a tile see is hidden, what
-        they do not let it see by a mean row is exact, and so is what the plan has hidden and they
-        show.
+        they do not let it see by a mean row is exact, and so is what the plan has hidden and the
+        call shows. Where the plan is to drop what is not exact, it does not know one from the
+        other: all that it has hidden remains so.
 
         Raises:
-          ValueError: Shapes, causality or window are others.
+          ValueError: Shapes, causality or window are others, or an array has a wrong shape or
+            dtype.
         """
-        grid = grid_of(operands, self.adaptation)
-        batch = operands[Slot.Q].shape[0]
-        for name, mine, theirs in (
-            ("a grid", self.grid, grid),
-            ("is_causal", self.causal, options.causal),
-            ("local_window_size", self.window, options.window),
-            ("a batch size", self.levels.shape[0], batch),
-        ):
-            if mine != theirs:
-                raise ValueError(f"plan: was made for {name} of {mine}, the call has {theirs}")
-        moving = (Slot.Q_LENGTHS, Slot.KV_LENGTHS, Slot.Q_SEGMENTS, Slot.MASK, Slot.BIAS)
-        if not any(slot in operands for slot in moving):
+        self.check_call(operands, options)
+        moves = any(slot in operands for slot in (*_HIDING, Slot.BIAS))
+        if not moves and not self.hides:
             return self
-        level = unpack_levels(self.levels, grid.granules)
-        drops = self.adaptation.levels == (EXACT,)
-        levels = pack_levels(boundary(operands, options, grid).applied(level, drops))
+        level = unpack_levels(self.levels, self.grid.granules)
+        levels = pack_levels(boundary(operands, options, self.grid).applied(level, self._drops))
         return self.of_levels(levels, self.log_lambda, operands, options, self.adaptation)
+
+    @property
+    def _drops(self) -> bool:
+        """Whether what is not exact is hidden."""
+        return self.adaptation.levels == (EXACT,)
 
     def operands(self) -> Operands:
         """The plan as operands of a primitive."""
@@ -203,32 +247,18 @@ class TilePlan:
 
         Raises:
           ValueError: An array has a wrong shape or dtype, levels let a tile see what causality and
-            window hide, or a list does not say what the levels say.
+            window hide or hide what nothing hides, a list does not say what the levels say, or a
+            lambda is not a number.
         """
-        batch = self.levels.shape[:-3]
-        grid, capacity = self.grid, Capacity.of(self.grid, self.causal, self.window)
-        tiles = (grid.lists, grid.tiles)
-        key_tiles = grid.key_tiles + grid.coarse_tiles
-        for name, core, dtype in (
-            ("levels", (*tiles, grid.words), "uint32"),
-            ("list_headers", (*tiles, 4), "uint32"),
-            ("list_entries", (grid.lists, capacity.entries), "uint32"),
-            ("key_list_headers", (grid.kv_heads, key_tiles, 4), "uint32"),
-            ("key_list_entries", (grid.kv_heads, capacity.key_entries), "uint32"),
-            ("log_lambda", (grid.lists,), "float32"),
-        ):
-            x = getattr(self, name)
-            if x.shape != (*batch, *core) or x.dtype.name != dtype:
-                raise ValueError(
-                    f"plan.{name}: got {x.dtype.name}{list(x.shape)}, "
-                    f"expected {dtype}{[*batch, *core]}"
-                )
-        flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[len(batch) :])), self)
+        self._check_types()
+        batch = self.levels.ndim - 3
+        flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[batch:])), self)
         packed, level, allowed, lists = _expected(flat)
         _require(flat.levels, packed, "levels", "a level of a granule past the last")
         _require(level, allowed, "levels", "a level that causality or window forbids")
         for name, expected in zip(_LISTS.values(), lists, strict=True):
             _require(getattr(flat, name), expected, name, "something else than the levels say")
+        _require(jnp.isnan(flat.log_lambda), False, "log_lambda", "what is not a number")
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -236,17 +266,18 @@ class TilePlan:
 
         Raises:
           OSError: The file cannot be written.
+          ValueError: An array is traced or abstract.
         """
-        fixed = {
-            "grid": dataclasses.asdict(self.grid),
-            "adaptation": dataclasses.asdict(self.adaptation),
-            "causal": self.causal,
-            "window": self.window,
-        }
+        if not is_known(self):
+            raise ValueError("plan: its arrays have no values here, expected ones to write")
+        content = io.BytesIO()
         arrays: dict[str, Any] = {name: np.asarray(getattr(self, name)) for name in _ARRAYS}
-        # Given a name, NumPy would put .npz behind it.
+        fixed = _to_json(tuple(getattr(self, name) for name in _FIXED))
+        np.savez_compressed(content, fixed=np.array(fixed), **arrays)
+        # Only now, so that what cannot be written does not destroy a file; and opened here, as
+        # NumPy would put .npz behind a name.
         with open(path, "wb") as file:
-            np.savez_compressed(file, fixed=np.array(json.dumps(fixed)), **arrays)
+            file.write(content.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TilePlan":
@@ -259,16 +290,8 @@ class TilePlan:
         try:
             # What is no archive NumPy takes for a pickle.
             with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-                fixed = json.loads(str(file["fixed"]))
-                arrays = {name: jnp.asarray(file[name]) for name in _ARRAYS}
-            adaptation = fixed["adaptation"] | {"levels": tuple(fixed["adaptation"]["levels"])}
-            return cls(
-                **arrays,
-                grid=Grid(**fixed["grid"]),
-                adaptation=Adaptation(**adaptation),
-                causal=bool(fixed["causal"]),
-                window=tuple(fixed["window"]),
-            ).validate()
+                arrays: list[Any] = [jnp.asarray(file[name]) for name in _ARRAYS]
+                return cls(*arrays, *_of_json(str(file["fixed"]))).validate()
         except _NOT_A_PLAN as error:
             raise ValueError(f"{path}: is not a plan that TilePlan.save wrote: {error}") from error
 
@@ -288,8 +311,8 @@ class TilePlan:
             f"{grid.queries} queries x {grid.keys} keys, {grid.heads} heads over {grid.kv_heads}, "
             f"tiles of {grid.positions} positions x {grid.tile_heads} heads"
         )
-        if isinstance(self.levels, jax.core.Tracer):
-            return f"TilePlan({shape}; traced)"
+        if not is_known((self.levels, self.log_lambda)):
+            return f"TilePlan({shape}; its arrays have no values here)"
         level = np.asarray(unpack_levels(self.levels, grid.granules))
         shown = (level != HIDDEN).sum()
         shares = (
@@ -316,6 +339,47 @@ def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:
     return Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, adaptation.query_tile)
 
 
+def _hides(operands: Operands) -> bool:
+    return any(slot in operands for slot in _HIDING)
+
+
+def _types(grid: Grid, causal: bool, window: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, without batch axes, and dtypes of a plan's arrays by name."""
+    capacity = Capacity.of(grid, causal, window)
+    tiles = (grid.lists, grid.tiles)
+    key_tiles = grid.key_tiles + grid.coarse_tiles
+    words = {
+        "levels": (*tiles, grid.words),
+        "list_headers": (*tiles, 4),
+        "list_entries": (grid.lists, capacity.entries),
+        "key_list_headers": (grid.kv_heads, key_tiles, 4),
+        "key_list_entries": (grid.kv_heads, capacity.key_entries),
+    }
+    types = {name: jax.ShapeDtypeStruct(shape, jnp.uint32) for name, shape in words.items()}
+    return types | {"log_lambda": jax.ShapeDtypeStruct((grid.lists,), jnp.float32)}
+
+
+def _to_json(fixed: tuple[Any, ...]) -> str:
+    """What of a plan is no array, in the order of `_FIXED`."""
+    return json.dumps(dict(zip(_FIXED, fixed, strict=True)), default=dataclasses.asdict)
+
+
+def _of_json(text: str) -> tuple[Any, ...]:
+    """The inverse of `_to_json`."""
+    fixed = json.loads(text)
+    adaptation = fixed["adaptation"] | {"levels": tuple(fixed["adaptation"]["levels"])}
+    return (
+        Grid(**fixed["grid"]),
+        Adaptation(**adaptation),
+        bool(fixed["causal"]),
+        tuple(fixed["window"]),
+        bool(fixed["hides"]),
+    )
+
+
+exportable(TilePlan, _to_json, _of_json)
+
+
 def _require(actual: Any, expected: Any, name: str, what: str) -> None:
     wrong = np.argwhere(np.asarray(actual) != np.asarray(expected))
     if len(wrong):
@@ -335,24 +399,34 @@ def _expected(plan: TilePlan) -> tuple[jax.Array, jax.Array, jax.Array, tuple[ja
     grid = plan.grid
     level = unpack_levels(plan.levels, grid.granules)
     options = Options(1.0, plan.causal, plan.window, query_tile=grid.query_tile)
-    allowed = _possible(level, options, grid).applied(level, drops=True)
-    # Lengths, segments and masks may have hidden anything.
-    allowed = jnp.where(level == HIDDEN, HIDDEN, allowed)
-    # Whether a granule is full depends on operands that the plan does not hold: full ones are
-    # listed first, in ascending order, whichever they are.
-    full = _full_of(plan.list_headers, plan.list_entries, level, grid)
+    whole = boundary({}, options, grid)
+    if plan.hides:
+        # Lengths, segments and masks may have hidden anything.
+        allowed = _possible(level, whole, options, grid).applied(level, drops=True)
+        allowed = jnp.where(level == HIDDEN, HIDDEN, allowed)
+    else:
+        allowed = whole.applied(level, plan._drops)
+    # They, and a bias, decide on which granules are full, and the plan does not hold them: full
+    # ones are listed first, in ascending order, whichever of those they are that may be.
+    full = _full_of(plan.list_headers, plan.list_entries, level, grid) & whole.full
     lists = pack(plan.levels, full, grid, Capacity.of(grid, plan.causal, plan.window))
     return pack_levels(level), level, allowed, lists
 
 
-def _possible(level: jax.Array, options: Options, grid: Grid) -> Boundary:
-    """The most that tiles may see, whatever the lengths of the call were, by what levels show."""
+def _possible(level: jax.Array, found: Boundary, options: Options, grid: Grid) -> Boundary:
+    """The most that tiles may see, whatever the lengths of the call were, by what levels show.
+
+    Args:
+      level: Levels of a plan.
+      found: What a call without lengths lets tiles see.
+      options: Those of the call.
+      grid: How the plan cuts it.
+    """
     shown = level != HIDDEN
     queries, keys = (
         jnp.max(jnp.where(shown.any(axes), jnp.arange(shown.shape[axis]), -1), -1)
         for axis, axes in ((2, (1, 3)), (3, (1, 2)))
     )
-    found = boundary({}, options, grid)
     # The last granule that is shown may be cut by the length, or whole.
     for length in (GRANULE * keys + 1, GRANULE * keys + GRANULE):
         lengths = {Slot.Q_LENGTHS: grid.positions * queries + 1, Slot.KV_LENGTHS: length}

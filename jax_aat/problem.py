@@ -216,6 +216,11 @@ def over_batch(slot: Slot, x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - slot.core_ndim :]))
 
 
+def counted(size: Any) -> int:
+    """A batch size as it counts for how much is computed at once: 1 where it is symbolic."""
+    return size if isinstance(size, int) else 1
+
+
 def extents(operands: Mapping[Slot, Any]) -> Extents:
     """Sizes of the call that takes `operands` (arrays or abstract values)."""
     queries, heads, head_dim = operands[Slot.Q].shape[-3:]

@@ -16,6 +16,7 @@ from jax_aat.boundary import boundary
 from jax_aat.levels import EXACT, SUPER_TILE, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
+from jax_aat.pytrees import exportable, is_known
 from jax_aat.router import dense_flops, has_state, hidden_rows, planning_flops
 from jax_aat.state import resolution_change
 
@@ -127,8 +128,8 @@ class Report:
         return self.audit.interval
 
     def __str__(self) -> str:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
-            return f"Report({self.flops.shape[-1]} heads; traced)"
+        if not is_known(self):
+            return f"Report({self.flops.shape[-1]} heads; its arrays have no values here)"
         heads = self.flops.shape[-1]
 
         def mean(x: Any) -> Any:
@@ -176,6 +177,9 @@ class Report:
                 "smaller query_tile or stages=1"
             )
         return "\n".join(lines)
+
+
+exportable(Report)
 
 
 def make_report(

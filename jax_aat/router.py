@@ -31,7 +31,7 @@ from jax_aat.levels import (
     settled,
     unpack_levels,
 )
-from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.problem import Operands, Options, Slot, counted, extents
 from jax_aat.scores import predict
 from jax_aat.summaries import FINE, Keys, Queries, subqueries
 
@@ -210,7 +210,7 @@ def break_even(
         prices = exact << 16 | _upper_half(mean)
         return jnp.moveaxis(jnp.where(bounds.seen, prices, 0), 2, 0)
 
-    shape = (operands[Slot.Q].shape[0], grid.lists, subqueries(grid)[0])
+    shape = (counted(operands[Slot.Q].shape[0]), grid.lists, subqueries(grid)[0])
     # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
     a_tile, chunk = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates)), _CHUNK
     if judged < grid.super_tiles:

@@ -11,7 +11,7 @@ from jax_aat.certificate import certified_bound, group_statistics
 from jax_aat.levels import EXACT, GRANULE, HIDDEN, pack_levels, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.primitives.forward import forward
-from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
+from jax_aat.problem import Operands, Options, Slot, accumulation_dtype, counted
 from jax_aat.pyramid import coarse_rows
 
 _AT_ONCE = 2**21
@@ -87,7 +87,7 @@ def row_bounds(
         )
         return bound.reshape(bound.shape[0], grid.heads, grid.positions)
 
-    a_tile = out.shape[0] * grid.heads * grid.positions * grid.granules
+    a_tile = counted(out.shape[0]) * grid.heads * grid.positions * grid.granules
     bounds = lax.map(of_tile, jnp.arange(grid.tiles), batch_size=max(1, _AT_ONCE // a_tile))
     bounds = jnp.transpose(bounds, (1, 0, 3, 2))  # [B, I, P, N]
     return bounds.reshape(bounds.shape[0], -1, grid.heads)[:, : grid.queries]

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from jax_aat import arguments
+from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
 from jax_aat.audit import Audit
 from jax_aat.levels import EXACT, HIDDEN, MEAN, Grid, unpack_levels
 from jax_aat.plan import TilePlan
+from jax_aat.pytrees import exportable
 
 LEAST, MOST = 1e-12, 10.0
 """Lambda is kept between these: nearly everything is exact at one, nothing that may not at the
@@ -37,7 +39,7 @@ REST = 50
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["log_lambda", "rest", "levels", "audit", "step", "seed", "plan"],
+    data_fields=["log_lambda", "rest", "levels", "audit", "step", "seed", "plan", "plan_hides"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class ResolutionState:
       step: Calls so far, int32; with `seed` it decides which rows are audited.
       seed: uint32.
       plan: That of the last call, where it serves several (`Adaptation.replan_every`); else None.
+        `TilePlan.hides` is always True of it, so that the structure is the same after every call.
+      plan_hides: Whether the plan may really hide more than causality and window do, bool; or None.
     """
 
     log_lambda: jax.Array
@@ -63,6 +67,7 @@ class ResolutionState:
     step: jax.Array
     seed: jax.Array
     plan: TilePlan | None = None
+    plan_hides: jax.Array | None = None
 
     @classmethod
     def init(
@@ -104,8 +109,8 @@ class ResolutionState:
         if adaptation.replan_every == 1:
             return state
         window = arguments.window(local_window_size)
-        plan = TilePlan.unfilled(grid, adaptation, bool(is_causal), window, batch)
-        return dataclasses.replace(state, plan=plan)
+        plan = TilePlan.unfilled(grid, adaptation, bool(is_causal), window, batch, hides=True)
+        return dataclasses.replace(state, plan=plan, plan_hides=jnp.bool_(True))
 
     @classmethod
     def of_grid(
@@ -133,7 +138,12 @@ class ResolutionState:
     ) -> "ResolutionState":
         """The state after a call with a plan; arguments as those of `after`."""
         state = self.after(plan.levels, audit, spent, plan.adaptation.tolerance)
-        return state if self.plan is None else dataclasses.replace(state, plan=plan)
+        if self.plan is None or self.plan_hides is None:
+            return state
+        hides = vary_like(jnp.bool_(plan.hides), [self.plan_hides])
+        return dataclasses.replace(
+            state, plan=dataclasses.replace(plan, hides=True), plan_hides=hides
+        )
 
     def after(
         self,
@@ -179,6 +189,9 @@ class ResolutionState:
         rest = jnp.where(futile, REST, jnp.maximum(self.rest - 1, 0))
         log_lambda = jnp.where(known, moved, self.log_lambda)
         return dataclasses.replace(self, log_lambda=log_lambda, rest=rest)
+
+
+exportable(ResolutionState)
 
 
 def resolution_change(levels: jax.Array, previous: jax.Array, granules: int) -> jax.Array:

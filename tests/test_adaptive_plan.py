@@ -20,7 +20,8 @@ from jax_aat.problem import Options, Slot
 from jax_aat.router import dense_flops, hidden_rows, planning_flops
 
 TILE = 32
-STATIC = ("adaptation", "is_causal", "local_window_size", "return_residual")
+STATIC = ("adaptation", "is_causal", "local_window_size", "return_residual", "return_report")
+SHORTER = {"key_value_seq_lengths": jnp.array([70])}
 untraced_attention = functools.partial(jax_aat.tiled_attention, implementation="xla")
 tiled_attention = jax.jit(untraced_attention, static_argnames=STATIC)
 plan_tiles = jax.jit(jax_aat.plan_tiles, static_argnames=STATIC[:3])
@@ -190,6 +191,52 @@ def test_a_plan_follows_the_lengths_of_a_call(rng):
     assert relative_error(result, exact) < 0.1
 
 
+SHORT = jnp.array([50])
+FIRST = jnp.arange(128)[None] // 64
+HIDING = {
+    "keys": {"key_value_seq_lengths": SHORT},
+    "queries": {"query_seq_lengths": SHORT},
+    "segments": {"query_segment_ids": FIRST, "key_value_segment_ids": FIRST},
+    "mask": {"mask": (jnp.arange(128) < 50)[None, None, None]},
+}
+
+
+@pytest.mark.parametrize("case", HIDING)
+def test_a_call_without_what_hid_keys_sees_them_exactly(case, implementation, rng):
+    """What lengths, segments or a mask hid when a plan was made does not stay hidden."""
+    q, k, v = (normal(rng, 1, 128, n, 8) for n in (4, 2, 2))
+    adaptation = Adaptation(threshold=1e9, query_tile=TILE)
+    call = functools.partial(untraced_attention, q, k, v, implementation=implementation)
+    plan = jax_aat.plan_tiles(q, k, v, adaptation, implementation=implementation, **HIDING[case])
+    assert plan.validate().hides
+    hidden = np.asarray(unpack_levels(plan.levels, plan.grid.granules)) == HIDDEN
+    assert hidden.any()
+    operands, options = {Slot.Q: q, Slot.K: k, Slot.V: v}, Options(1.0)
+    adapted = plan.for_call(operands, options)
+    assert not adapted.validate().hides
+    level = np.asarray(unpack_levels(adapted.levels, adapted.grid.granules))
+    assert (level[hidden] == EXACT).all()
+    # One made without any of these is used as it is.
+    assert adapted.for_call(operands, options) is adapted
+    assert_same_bits(call(plan=plan), call(plan=adapted))
+    mapped = jax.vmap(lambda plan: call(plan=plan))(jax.tree.map(lambda x: x[None], plan))
+    assert_close(mapped[0], call(plan=adapted), 1e-6)
+
+
+def test_a_plan_says_what_it_may_hide(stored, tmp_path):
+    """Hidden keys that nothing hides are an error, unless lengths and the like may have."""
+    hidden = Grid(256, 256, 4, 2, 16), stored.adaptation, True, (-1, -1), 1
+    jax_aat.TilePlan.unfilled(*hidden, hides=True).validate()
+    unfilled = jax_aat.TilePlan.unfilled(*hidden)
+    assert jax.tree.structure(unfilled) == jax.tree.structure(stored)
+    with pytest.raises(ValueError, match="a level that causality or window forbids"):
+        unfilled.validate()
+    plan = dataclasses.replace(stored, hides=True)
+    plan.save(tmp_path / "plan")
+    read = jax_aat.TilePlan.load(tmp_path / "plan")
+    assert jax.tree.structure(read) == jax.tree.structure(plan)
+
+
 def test_derivatives_of_a_frozen_plan(rng):
     """The gradient is that of coarse rows, state and exact rows, as finite differences find it."""
     with jax.enable_x64(True):
@@ -307,11 +354,85 @@ def test_a_corrupted_plan_is_an_error(stored, data):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {"local_window_size": (40, 20)}, {"is_causal": True, **SHORTER}],
+)
+def test_granules_that_are_cut_cannot_be_called_full(options, rng):
+    """Shaders test no key of a granule that a plan calls full."""
+    q, k, v = (normal(rng, 1, 128, n, 8) for n in (4, 2, 2))
+    plan = plan_tiles(q, k, v, Adaptation(budget=1.0, query_tile=TILE), **options).validate()
+    headers = np.array(plan.list_headers)
+    assert (headers[..., 1] < headers[..., 2]).any()
+    headers[..., 1] = headers[..., 2]
+    broken = dataclasses.replace(plan, list_headers=jnp.asarray(headers))
+    with pytest.raises(ValueError, match=r"plan\.list_.*corrupted"):
+        broken.validate()
+
+
+def test_a_price_that_is_no_number_is_an_error(stored, tmp_path):
+    broken = dataclasses.replace(stored, log_lambda=stored.log_lambda * jnp.nan)
+    broken.save(tmp_path / "plan")
+    with pytest.raises(ValueError, match=r"plan\.log_lambda: the plan is corrupted"):
+        jax_aat.TilePlan.load(tmp_path / "plan")
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_file(stored, tmp_path):
+    stored.save(tmp_path / "plan")
+    abstract = jax.eval_shape(lambda: stored)
+    with pytest.raises(ValueError, match="plan: its arrays have no values"):
+        abstract.save(tmp_path / "plan")
+    assert_same_bits(jax_aat.TilePlan.load(tmp_path / "plan"), stored)
+
+
+def test_numbers_of_numpy_are_those_of_python(stored, tmp_path):
+    adaptation = Adaptation(
+        budget=np.float32(0.5),
+        levels=(np.int32(0), np.int64(1), 2),
+        query_tile=np.int64(16),
+        stages=np.uint8(2),
+        audit_rate=np.float64(0.5),
+        replan_every=np.int64(1),
+    )
+    plan = dataclasses.replace(stored, adaptation=adaptation)
+    plan.save(tmp_path / "plan")
+    assert jax_aat.TilePlan.load(tmp_path / "plan").adaptation == adaptation
+    assert type(adaptation.budget) is float
+    assert type(adaptation.query_tile) is int
+
+
+def test_a_plan_without_values_has_a_name(stored):
+    q = jnp.ones((1, 256, 4, 16))
+    call = functools.partial(tiled_attention, q, q[:, :, :2], q[:, :, :2], is_causal=True)
+    report = jax.eval_shape(lambda: call(plan=stored, return_report=True)[1])
+    for x in (jax.eval_shape(lambda: stored), report):
+        assert "no values" in str(x)
+        assert repr(x)
+
+    def traced(x):
+        assert "no values" in str(dataclasses.replace(stored, log_lambda=x))
+        return x
+
+    jax.make_jaxpr(traced)(stored.log_lambda)
+
+
 def test_a_plan_of_another_size_is_an_error(stored):
     q = jnp.ones((1, 256, 4, 16))
     wrong = dataclasses.replace(stored, list_entries=stored.list_entries[..., :-1])
     with pytest.raises(ValueError, match=r"plan\.list_entries: got"):
         wrong.validate()
+    for name, broken in (
+        ("list_entries", stored.list_entries[..., :-1]),
+        ("list_headers", stored.list_headers.astype(jnp.float32)),
+        ("key_list_headers", stored.key_list_headers[:, :, :1]),
+        ("log_lambda", stored.log_lambda[0]),
+    ):
+        with pytest.raises(ValueError, match=rf"plan\.{name}: got .*, expected (uint|float)32\["):
+            untraced_attention(
+                *(q, q[:, :, :2], q[:, :, :2]),
+                plan=dataclasses.replace(stored, **{name: broken}),
+                is_causal=True,
+            )
     for arrays, options in (
         ((q[:, :255], q[:, :, :2], q[:, :, :2]), {"is_causal": True}),
         ((q, q[:, :, :2], q[:, :, :2]), {}),
@@ -344,6 +465,15 @@ def test_levels_are_packed(granules, seed):
         ({"budget": 0.1, "stages": 3}, ValueError, "stages: got 3"),
         ({"budget": 0.1, "audit_rate": 2}, ValueError, "audit_rate"),
         ({"budget": 0.1, "replan_every": 0}, ValueError, "replan_every"),
+        (
+            {"budget": 0.1, "replan_every": True},
+            TypeError,
+            "replan_every: got True, expected an in",
+        ),
+        ({"budget": 0.1, "stages": True}, TypeError, "stages: got True, expected 1 or 2"),
+        ({"budget": 0.1, "query_tile": 32.0}, TypeError, r"query_tile: got 32\.0, expected 16 or"),
+        ({"budget": 0.1, "levels": [0, 1]}, TypeError, r"levels: got \[0, 1\], expected \(0,\) or"),
+        ({"budget": 0.1, "levels": (False, 1)}, TypeError, "levels: got False"),
     ],
 )
 def test_adaptation_is_checked(fields, error, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from comparison import assert_same_bits, normal
+from comparison import assert_close, assert_same_bits, normal
 
 from jax_aat import Adaptation, tiled_attention
 from jax_aat.audit import Audit
@@ -140,3 +141,39 @@ def test_a_state_and_its_plan_go_through_a_checkpoint(rng, tmp_path):
     assert_same_bits((out, following), (expected, expected_following))
     assert_same_bits(following.plan.levels, state.plan.levels)
     assert following.step == 2
+
+
+def test_a_plan_of_a_state_hides_no_more_than_a_call(rng):
+    """A call without lengths that reuses the plan of one with lengths sees every key exactly."""
+    q, k, v = (normal(rng, 1, 96, heads, 8) for heads in (2, 1, 1))
+    adaptation = Adaptation(threshold=1e-12, query_tile=32, replan_every=4, audit_rate=0)
+    call = functools.partial(tiled_attention, q, k, v, adaptation=adaptation, implementation="xla")
+    new = ResolutionState.init(q, k, adaptation)
+
+    @jax.jit
+    def calls(state):
+        """One with lengths, two without by a scan, one with lengths."""
+        _, state = call(state=state, key_value_seq_lengths=jnp.array([20]))
+        state, outs = jax.lax.scan(lambda s, _: call(state=s)[::-1], state, length=2)
+        short, state = call(state=state, key_value_seq_lengths=jnp.array([20]))
+        return outs, short, state
+
+    exact = functools.partial(tiled_attention, q, k, v, implementation="xla")
+    outs, short, state = calls(new)
+    assert_close(outs, jnp.stack([exact()] * 2), 1e-5)
+    assert_close(short, exact(key_value_seq_lengths=jnp.array([20])), 1e-5)
+    assert jax.tree.structure(state) == jax.tree.structure(new)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), new)
+    assert_close(jax.jit(jax.vmap(calls))(stacked)[0][1], outs, 1e-5)
+
+
+def test_a_state_of_another_call_is_an_error(rng):
+    q, k = normal(rng, 1, 32, 2, 8), normal(rng, 1, 32, 1, 8)
+    adaptation = Adaptation(threshold=1e-3, query_tile=16, replan_every=2)
+    state = ResolutionState.init(q, k, adaptation)
+    call = functools.partial(tiled_attention, q, k, k, implementation="xla", state=state)
+    other = dataclasses.replace(adaptation, threshold=1e-2)
+    with pytest.raises(ValueError, match=r"state: was made for Adaptation\(.*=0\.001.*has Adapt"):
+        call(adaptation=other)
+    with pytest.raises(ValueError, match="state: was made for is_causal of False, the call has T"):
+        call(adaptation=adaptation, is_causal=True)

@@ -119,12 +119,7 @@ class Case:
         assert actual.keys() == expected.keys()
         for slot, x in expected.items():
             np.testing.assert_array_equal(actual[slot], x, err_msg=slot.name, strict=True)
-        plan = TilePlan(
-            *(actual[slot] for slot in LISTS),
-            *(jnp.log(actual[Slot.LAMBDA]), self.grid, self.adaptation),
-            *(self.options.causal, self.options.window),
-        )
-        plan.validate()
+        TilePlan.of_results(actual, self.operands, self.options, self.adaptation).validate()
 
 
 def threshold(**options) -> Adaptation:

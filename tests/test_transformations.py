@@ -11,13 +11,13 @@ from comparison import Ran, assert_close, assert_same_bits, in_float64, normal
 from jax import export
 from jax.test_util import check_grads
 
-from jax_aat import tiled_attention
+from jax_aat import Adaptation, ResolutionState, plan_tiles, tiled_attention
 from jax_aat.primitives.batch_axes import BatchAxes
 from jax_aat.reference import dense_attention
 
 B, T, S, N, K, H = 2, 9, 11, 4, 2, 16
 ALL = (0, 1, 2, 3)
-TARGETS = ("jax_aat_forward", "jax_aat_tangent", "jax_aat_backward")
+TARGETS = ("jax_aat_forward", "jax_aat_tangent", "jax_aat_backward", "jax_aat_plan")
 
 
 @pytest.fixture
@@ -309,6 +309,71 @@ def test_export_for_other_platforms(attention, arrays):
     )(*arrays)
     restored = export.deserialize(exported.serialize())
     assert_close(jax.jit(restored.call)(*arrays), attention(*arrays), 1e-6)
+
+
+def test_export_of_adaptive_calls_with_a_symbolic_batch(rng):
+    adaptation = Adaptation(budget=0.5, query_tile=16)
+    state = Adaptation(threshold=1e-3, query_tile=16, replan_every=2, audit_rate=1 / 8)
+
+    def everything(q, k, v, lengths):
+        call = functools.partial(
+            tiled_attention,
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            implementation="xla",
+            return_report="certified",
+        )
+
+        def loss(q):
+            out, report = call(q, k, v, adaptation=adaptation)
+            return (out**2).sum(), report
+
+        carried = ResolutionState.init(q, k, state, is_causal=True)
+        following = call(q, k, v, adaptation=state, state=carried)
+        return jax.value_and_grad(loss, has_aux=True)(q), following
+
+    (batch,) = export.symbolic_shape("b")
+    shapes = [(batch, 48, 2, 8), (batch, 48, 1, 8), (batch, 48, 1, 8)]
+    types = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    function = jax.jit(everything)
+    exported = export.export(function)(*types, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    restored = export.deserialize(exported.serialize())
+    for size in (1, 3):
+        arrays = [normal(rng, size, *shape[1:]) for shape in shapes]
+        arrays.append(jnp.array([48, 30, 17])[:size])
+        actual, expected = restored.call(*arrays), function(*arrays)
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected
+        )
+
+
+def test_export_with_plans_states_and_reports(implementation, rng):
+    """They are arguments and results of an exported function like any other."""
+    q, k, v = (normal(rng, 1, 48, heads, 8) for heads in (2, 1, 1))
+    adaptation = Adaptation(threshold=1e-3, query_tile=16, replan_every=2, audit_rate=1 / 8)
+    options = {"is_causal": True, "implementation": implementation}
+    plan = plan_tiles(q, k, v, adaptation, **options)
+    state = ResolutionState.init(q, k, adaptation, is_causal=True)
+    call = functools.partial(tiled_attention, **options, return_report=True)
+
+    @jax.jit
+    def by_plan(q, plan):
+        return call(q, k, v, plan=plan)
+
+    @jax.jit
+    def by_state(q, state):
+        return call(q, k, v, adaptation=adaptation, state=state)
+
+    for function, carried in ((by_plan, plan), (by_state, state)):
+        exported = export.export(function, disabled_checks=CHECKS)(q, carried)
+        restored = export.deserialize(exported.serialize())
+        assert restored.in_tree == exported.in_tree
+        assert restored.out_tree == exported.out_tree
+        assert_same_bits(restored.call(q, carried), function(q, carried))
+    _, following, report = restored.call(q, state)
+    assert following.plan.adaptation == adaptation
+    assert "head" in str(report)
 
 
 def test_parts_merge_by_their_residuals(attention, arrays):
