@@ -210,9 +210,9 @@ def test_second_derivatives(rng):
     assert_close(actual, curvature("xla"), 3 * TOLERANCE["float32"][1])
 
 
-def test_a_call_is_one_submission(rng, monkeypatch):
+def test_a_call_is_one_submission(rng, set_traced):
     """Planning, coarse rows, state, attention and correction; XLA multiplies no matrices."""
-    monkeypatch.setattr(adaptive, "plans_in_one_submission", lambda *_: True)
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
     q, k, v = (normal(rng, 1, 2100, heads, 16) for heads in (4, 2, 2))
     options = dict(adaptation=Adaptation(threshold=1e-4), is_causal=True, implementation="vulkan")
     attend = jax.jit(functools.partial(tiled_attention, **options)).lower(q, k, v)
