@@ -176,12 +176,12 @@ def break_even(
     candidates = candidate_share(adaptation)
     most = math.ceil(floor_share(adaptation) * grid.granules)
     judged = judged_super_tiles(operands, grid, candidates)
-    split = keys.by_list(grid)
+    split = keys.by_list(grid) if judged < grid.super_tiles else None
 
     def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
         of_these = queries.at(tiles)
-        if judged < grid.super_tiles:
+        if split is not None:
             errors = predict_foremost(
                 of_these, keys, split, bounds, options, grid, candidates, judged
             )
