@@ -17,6 +17,9 @@ from jax_aat.problem import Operands, Options, Slot
 STATE = ("coarse_rows", "state_covariance", "state_prefix", "state_level_bias")
 
 
+planned = jax.jit(TilePlan.choose, static_argnames=("options", "adaptation"))
+
+
 @dataclasses.dataclass
 class Case:
     """A call with a plan, whose keys and values vary together inside granules and super-tiles."""
@@ -58,12 +61,7 @@ class Case:
             threshold = 1e-4 if causal else 3e-5 * (1100 / keys) ** 2
         adaptation = Adaptation(threshold=threshold, query_tile=query_tile)
         options = Options(head_dim**-0.5, causal)
-
-        @jax.jit
-        def planned(operands):
-            return TilePlan.choose(operands, options, adaptation)
-
-        operands |= planned(operands).operands()
+        operands |= planned(operands, options, adaptation).operands()
         options = dataclasses.replace(options, query_tile=query_tile, corrects=corrects)
         return cls(operands, options, dtype)
 
