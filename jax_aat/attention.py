@@ -17,6 +17,14 @@ from jax_aat.state import ResolutionState
 
 Implementation = Literal["vulkan", "xla"]
 
+# Compiled as a whole even where the caller compiles nothing: operation by operation, a plan alone
+# would be hundreds of programs.
+_choose = jax.jit(TilePlan.choose, static_argnames=("options", "adaptation", "implementation"))
+_attend_observed = jax.jit(
+    adaptive.attend_observed,
+    static_argnames=("options", "adaptation", "implementation", "reports", "certifies"),
+)
+
 
 @overload
 def tiled_attention(
@@ -251,7 +259,10 @@ def plan_tiles(
 
     def choose(values: tuple[Operands, Any, Any]) -> TilePlan:
         operands, price, previous = values
-        return TilePlan.choose(operands, checked.options, adaptation, price, previous, chosen)
+        chosen_plan: TilePlan = _choose(
+            operands, checked.options, adaptation, price, previous, implementation=chosen
+        )
+        return chosen_plan
 
     plan: TilePlan = in_auto_mesh(choose, (checked.operands, *past), jax.sharding.PartitionSpec())
     return plan
@@ -329,7 +340,7 @@ def _attend_adaptively(
     spec = jax.typeof(operands[Slot.Q]).sharding.spec
     whole = jax.sharding.PartitionSpec()
     return in_auto_mesh(
-        lambda values: adaptive.attend_observed(
+        lambda values: _attend_observed(
             values[0],
             options,
             adaptation,

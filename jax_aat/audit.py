@@ -67,20 +67,8 @@ class Audit:
     @property
     def interval(self) -> jax.Array:
         """95% confidence interval of the relative error, [..., N, 2]."""
-        n, total = self.rows, self.error
-        variance = (self.error_squares - _ratio(total**2, n, 0.0)) * _ratio(n, n - 1, 0.0)
-        # A few rows may hold most of the error: two more like the largest may have been missed, and
-        # no more rows say something about the rest than those that add a like part.
-        deviation = jnp.sqrt(jnp.maximum(variance, 0) + 2 * self.largest_error**2)
-        even = _ratio(total**2, self.error_squares, n)
-        degrees = jnp.clip(jnp.minimum(even / 2 - 1, n - 1), 0.5)
-        student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))
-        width = jnp.minimum(student * _ratio(deviation, total, 0.0), 80) / 2
-        factors = jnp.exp(jnp.stack([-width, width], -1))
-        # Where no audited row has an error, at most 3 / n of all have one, at this level.
-        unseen = jnp.sqrt(jnp.minimum(_ratio(3.0, n, 0.0), 1))
-        unseen = jnp.stack([jnp.zeros_like(unseen), unseen], -1)
-        return jnp.where(total[..., None] > 0, self.relative_error[..., None] * factors, unseen)
+        found: jax.Array = _interval(self)
+        return found
 
     @property
     def information_flow_quality(self) -> jax.Array:
@@ -110,6 +98,25 @@ class Audit:
 exportable(Audit)
 
 _STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
+
+
+# Compiled as a whole even outside jit, where reports are read.
+@jax.jit
+def _interval(audit: Audit) -> jax.Array:
+    n, total = audit.rows, audit.error
+    variance = (audit.error_squares - _ratio(total**2, n, 0.0)) * _ratio(n, n - 1, 0.0)
+    # A few rows may hold most of the error: two more like the largest may have been missed, and
+    # no more rows say something about the rest than those that add a like part.
+    deviation = jnp.sqrt(jnp.maximum(variance, 0) + 2 * audit.largest_error**2)
+    even = _ratio(total**2, audit.error_squares, n)
+    degrees = jnp.clip(jnp.minimum(even / 2 - 1, n - 1), 0.5)
+    student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))
+    width = jnp.minimum(student * _ratio(deviation, total, 0.0), 80) / 2
+    factors = jnp.exp(jnp.stack([-width, width], -1))
+    # Where no audited row has an error, at most 3 / n of all have one, at this level.
+    unseen = jnp.sqrt(jnp.minimum(_ratio(3.0, n, 0.0), 1))
+    unseen = jnp.stack([jnp.zeros_like(unseen), unseen], -1)
+    return jnp.where(total[..., None] > 0, audit.relative_error[..., None] * factors, unseen)
 
 
 def choose_rows(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
@@ -175,12 +176,12 @@ def break_even(
     candidates = candidate_share(adaptation)
     most = math.ceil(floor_share(adaptation) * grid.granules)
     judged = judged_super_tiles(operands, grid, candidates)
-    split = keys.by_list(grid)
+    split = keys.by_list(grid) if judged < grid.super_tiles else None
 
     def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
         of_these = queries.at(tiles)
-        if judged < grid.super_tiles:
+        if split is not None:
             errors = predict_foremost(
                 of_these, keys, split, bounds, options, grid, candidates, judged
             )
@@ -296,9 +297,11 @@ def _spare_rows_by_shape(
     queries = jax.ShapeDtypeStruct((1, grid.queries, grid.heads, head_dim), dtype)
     keys = jax.ShapeDtypeStruct((1, grid.keys, grid.kv_heads, head_dim), dtype)
     shapes: Any = {Slot.Q: queries, Slot.K: keys, Slot.V: keys}
-    # Whatever mesh the caller has set, this belongs to none.
-    with jax.ensure_compile_time_eval(), use_abstract_mesh(AbstractMesh((), ())):
-        return float(jax.jit(lambda: _spare_rows(shapes, options, grid, adaptation))()[0])
+    # Whatever mesh the caller has set, this belongs to none. Compiled, it runs while the caller is
+    # traced: as one program, where `jax.ensure_compile_time_eval` would compile each operation.
+    with use_abstract_mesh(AbstractMesh((), ())):
+        run = jax.jit(lambda: _spare_rows(shapes, options, grid, adaptation)).lower().compile()
+        return float(np.asarray(run())[0])
 
 
 def _spare_rows(

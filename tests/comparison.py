@@ -1,5 +1,7 @@
 """What the tests of attention share: inputs, the float64 oracle, tolerances, what ran."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,14 @@ def assert_same_bits(actual, expected) -> None:
 
 def normal(rng, *shape, dtype="float32") -> jax.Array:
     return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def as_users_compile(function):
+    """`function`, jitted by XLA's default generator of code, which scripts/test.sh switches off."""
+    switched = "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
+    return jax.jit(
+        function, compiler_options={"xla_cpu_use_fusion_emitters": True} if switched else None
+    )
 
 
 def in_float64(function, *args):

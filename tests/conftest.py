@@ -3,6 +3,8 @@
 import os
 import sys
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -70,6 +72,18 @@ def validation_layers_are_silent():
 def compiled_programs_end_with_their_module():
     """Thousands of them would fill the memory, and no other module needs them."""
     yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def set_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
+    """`monkeypatch.setattr` of what is read while a call is traced: no other trace is reused."""
+
+    def set_and_forget(target: Any, name: str, value: Any) -> None:
+        monkeypatch.setattr(target, name, value)
+        jax.clear_caches()
+
+    yield set_and_forget
     jax.clear_caches()
 
 

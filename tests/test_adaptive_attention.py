@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import TOLERANCE, assert_close, in_float64, normal
+from comparison import TOLERANCE, as_users_compile, assert_close, in_float64, normal
 from jax.test_util import check_grads
 
 from jax_aat import arguments, primitives
@@ -58,6 +58,16 @@ CASES = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("options", "grid"))
+def planned(level, operands, options, grid):
+    """Levels that keep to the boundary, packed, and the lists of these."""
+    bounds = boundary(operands, options, grid)
+    level = bounds.applied(level, drops=True)
+    words = pack_levels(level)
+    capacity = Capacity.of(grid, options.causal, options.window)
+    return level, words, pack(words, bounds.full, grid, capacity)
+
+
 class Call:
     """A case with a random levels map that keeps to its boundary."""
 
@@ -91,12 +101,9 @@ class Call:
         )
         self.grid = Grid(case.queries, case.keys, case.heads, case.kv_heads, case.query_tile)
         self.options = dataclasses.replace(checked.options, query_tile=case.query_tile)
-        bounds = boundary(checked.operands, self.options, self.grid)
         shape = (2, self.grid.lists, self.grid.tiles, self.grid.granules)
-        self.level = bounds.applied(jnp.asarray(rng.integers(0, 4, shape)), drops=True)
-        words = pack_levels(self.level)
-        capacity = Capacity.of(self.grid, self.options.causal, self.options.window)
-        lists = pack(words, bounds.full, self.grid, capacity)
+        level = jnp.asarray(rng.integers(0, 4, shape))
+        self.level, words, lists = planned(level, checked.operands, self.options, self.grid)
         rows = (2, self.grid.coarse_rows, case.kv_heads, 8)
         self.operands = checked.operands | {
             Slot.COARSE_K: normal(rng, *rows, dtype=dtype),
@@ -229,7 +236,7 @@ def test_vmap_equals_a_loop(rng):
             stack(*xs) if axis == 0 else xs[0]
             for xs, axis in zip((floats, plans), axes, strict=True)
         ]
-        result = jax.jit(jax.vmap(gradients, axes))(*given)
+        result = as_users_compile(jax.vmap(gradients, axes))(*given)
         looped = [
             alone(
                 *(

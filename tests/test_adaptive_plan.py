@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import assert_close, assert_same_bits, normal, relative_error
+from comparison import as_users_compile, assert_close, assert_same_bits, normal, relative_error
 from flax import serialization
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -273,7 +273,7 @@ def test_transformations(rng):
     whole = jax.jit(functools.partial(everything, attend))
     expected = whole(q, k, v)
     # One lambda a batch entry: mapping equals batching equals a loop.
-    assert_close(jax.jit(jax.vmap(whole))(q, k, v), expected, 1e-5)
+    assert_close(as_users_compile(jax.vmap(whole))(q, k, v), expected, 1e-5)
     looped = [attend(*(x[i : i + 1] for x in (q, k, v))) for i in range(3)]
     assert_close(jnp.concatenate(looped), expected[0], 1e-5)
     remat = functools.partial(everything, jax.checkpoint(attend))

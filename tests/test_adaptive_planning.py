@@ -96,9 +96,9 @@ def test_segments(rng):
 
 
 @pytest.fixture(params=[True, False], ids=["one submission", "two"])
-def one_submission(request, monkeypatch):
+def one_submission(request, set_traced):
     """Whether a call plans and attends by one submission, as on a single device."""
-    monkeypatch.setattr(adaptive, "plans_in_one_submission", lambda *_: request.param)
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: request.param)
     return request.param
 
 
@@ -179,9 +179,9 @@ def test_masks_and_biases_are_planned_by_xla(rng):
         plan_tiles(q, k, v, Adaptation(budget=1.0), implementation="vulkan")
 
 
-def test_long_sequences_are_planned_by_shaders(rng, monkeypatch):
+def test_long_sequences_are_planned_by_shaders(rng, set_traced):
     """Which look into the foremost super-tiles only, as jax.numpy does."""
-    monkeypatch.setattr(hierarchy, "JUDGED", 1)
+    set_traced(hierarchy, "JUDGED", 1)
     q, k, v = inputs(rng, 2100)
     adaptation = Adaptation(threshold=1e-4)
     expected = plan_tiles(q, k, v, adaptation, implementation="xla")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from comparison import assert_same_bits, normal
+from comparison import as_users_compile, assert_same_bits, normal
 
 import jax_aat
 from jax_aat.levels import EXACT, HIDDEN, unpack_levels
@@ -32,7 +32,7 @@ def reported():
     q, k, v = inputs(rng)
     adaptation = dataclasses.replace(ADAPTATION, audit_rate=1.0)
     call = functools.partial(attend, adaptation=adaptation, return_report="certified")
-    out, report = jax.jit(call)(q, k, v)
+    out, report = as_users_compile(call)(q, k, v)
     plan = jax_aat.plan_tiles(q, k, v, adaptation, is_causal=True)
     arrays = (np.asarray(x) for x in (q, k, v))
     exact = oracle.Attention(oracle.Problem(*arrays, scale=H**-0.5, causal=True)).out
@@ -208,7 +208,7 @@ def test_a_plan_serves_several_calls(rng):
     q, k, v = inputs(rng)
     state = jax_aat.ResolutionState.init(q, k, adaptation, is_causal=True)
 
-    @jax.jit
+    @as_users_compile
     def run(state, scales):
         def step(state, scale):
             _, state = attend(q * scale, k, v, adaptation=adaptation, state=state)

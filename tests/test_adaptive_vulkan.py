@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import TOLERANCE, Ran, assert_close, normal
+from comparison import TOLERANCE, Ran, as_users_compile, assert_close, normal
 from levels_maps import Array, plan_of, random_levels, tiles_of
 from oracle import Problem, visible
 
@@ -347,7 +347,8 @@ def test_transformations(rng):
     adaptation = Adaptation(threshold=1e-4, query_tile=16)
     q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 90, 1, 8)), jnp.float32) for _ in range(3))
 
-    plans = jax.jit(jax.vmap(functools.partial(plan_tiles, adaptation=adaptation)))(q, k, v)
+    choose = jax.vmap(functools.partial(plan_tiles, adaptation=adaptation))
+    plans = as_users_compile(choose)(q, k, v)
 
     def curvature(implementation):
         def one(plan, *values):

@@ -18,9 +18,9 @@ CAUSAL = Options(HEAD_DIM**-0.5, causal=True)
 
 
 @pytest.fixture
-def two_judged(monkeypatch):
+def two_judged(set_traced):
     """As if a tile of so short a sequence looked into two of its four super-tiles."""
-    monkeypatch.setattr(hierarchy, "JUDGED", 2)
+    set_traced(hierarchy, "JUDGED", 2)
 
 
 def operands_of(rng, batch=1):
@@ -30,15 +30,15 @@ def operands_of(rng, batch=1):
 
 
 def prices(operands):
-    packed = np.asarray(break_even(operands, CAUSAL, GRID, ADAPTATION))
+    packed = np.asarray(jax.jit(lambda x: break_even(x, CAUSAL, GRID, ADAPTATION))(operands))
     return packed >> 16, packed & 0xFFFF
 
 
-def test_tiles_that_see_no_more_are_routed_as_ever(rng, monkeypatch):
+def test_tiles_that_see_no_more_are_routed_as_ever(rng, set_traced):
     operands = operands_of(rng, batch=2)
     operands[Slot.KV_LENGTHS] = jnp.array([LENGTH, 3000])
     expected = prices(operands)
-    monkeypatch.setattr(hierarchy, "JUDGED", 2)
+    set_traced(hierarchy, "JUDGED", 2)
     early = 2 * 1024 // GRID.positions
     for found, whole in zip(prices(operands), expected, strict=True):
         # The upper halves of float32 numbers: products of another shape round otherwise.
@@ -67,11 +67,15 @@ def test_looks_into_the_super_tile_that_is_asked_for(rng, two_judged):
     assert error < 0.02
 
 
-def test_budget_is_kept_and_planning_costs_less(rng, monkeypatch):
+def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
     operands = operands_of(rng)
-    dense = float(planning_flops(operands, CAUSAL, GRID, ADAPTATION)[0])
-    monkeypatch.setattr(hierarchy, "JUDGED", 2)
-    fewer = float(planning_flops(operands, CAUSAL, GRID, ADAPTATION)[0])
+
+    def planning():
+        return float(jax.jit(lambda x: planning_flops(x, CAUSAL, GRID, ADAPTATION))(operands)[0])
+
+    dense = planning()
+    set_traced(hierarchy, "JUDGED", 2)
+    fewer = planning()
     # Of the pairs of 4 super-tiles, queries judge 3/4: those of the last two, 2,048 keys each.
     assert 0.5 * dense < fewer < 0.95 * dense
     q, k, v = (operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))

@@ -37,6 +37,15 @@ def random_prices(rng, shape, kind: str) -> jax.Array:
     return jnp.asarray((halves[0] << 16 | halves[1]).astype(np.uint32))
 
 
+@functools.partial(jax.jit, static_argnames=("options", "grid", "adaptation"))
+def by_definition(operands, options, grid, adaptation):
+    """Levels, lists and price, in jax.numpy."""
+    levels, price = router.levels_at(operands[Slot.PRICES], operands, options, grid, adaptation)
+    capacity = Capacity.of(grid, options.causal, options.window)
+    lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
+    return levels, *lists, price
+
+
 @dataclasses.dataclass
 class Case:
     """A call with prices and a goal."""
@@ -98,16 +107,8 @@ class Case:
 
     def expected(self) -> Operands:
         """What jax.numpy makes of it."""
-        capacity = Capacity.of(self.grid, self.options.causal, self.options.window)
-
-        @jax.jit
-        def planned(operands):
-            arguments = (operands, self.options, self.grid)
-            levels, price = router.levels_at(operands[Slot.PRICES], *arguments, self.adaptation)
-            lists = pack(levels, boundary(*arguments).full, self.grid, capacity)
-            return levels, *lists, price
-
-        return dict(zip((*LISTS, Slot.LAMBDA), planned(self.operands), strict=True))
+        made = by_definition(self.operands, self.options, self.grid, self.adaptation)
+        return dict(zip((*LISTS, Slot.LAMBDA), made, strict=True))
 
     def planned(self, **changed) -> Operands:
         with Ran("vulkan", "plan"):
