@@ -133,14 +133,14 @@ def test_attention_takes_the_plan_of_the_shaders(rng, one_submission, shape, ada
     assert ("cross_tile_router" in str(last_dispatch())) == one_submission
 
 
-def test_a_state_is_told_in_the_submission_that_attends(rng, monkeypatch):
+def test_a_state_is_told_in_the_submission_that_attends(rng, set_traced):
     """Price and previous levels steer the same plan there as where it is made apart."""
     adaptation = Adaptation(tolerance=0.3, query_tile=32, audit_rate=0.125)
     arrays = inputs(rng, 300)
     start = ResolutionState.init(*arrays[:2], adaptation, is_causal=True)
     ran = {}
     for together in (True, False):
-        monkeypatch.setattr(adaptive, "plans_in_one_submission", lambda *_, is_so=together: is_so)
+        set_traced(adaptive, "plans_in_one_submission", lambda *_, is_so=together: is_so)
 
         @jax.jit
         def step(state, *values):
