@@ -286,6 +286,24 @@ def test_axes_of_size_zero(empty, implementation):
         np.testing.assert_array_equal(lse, np.float32(EMPTY_LOGSUMEXP))
 
 
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys", "heads"])
+def test_second_derivatives_of_axes_of_size_zero(empty, implementation):
+    sizes = {"batch": 2, "queries": 3, "keys": 5, "heads": 2} | {empty: 0}
+    q = jnp.ones((sizes["batch"], sizes["queries"], sizes["heads"], 4))
+    k = jnp.ones((sizes["batch"], sizes["keys"], sizes["heads"], 4))
+
+    def loss(q, k):
+        return jnp.square(tiled_attention(q, k, k, implementation=implementation)).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    forward_over_reverse = jax.jvp(gradients, (q, k), (q, k))[1]
+    reverse_over_reverse = jax.vjp(gradients, q, k)[1]((q, k))
+    reverse_over_forward = jax.grad(lambda *xs: jax.jvp(loss, xs, (q, k))[1], argnums=(0, 1))(q, k)
+    for found in (forward_over_reverse, reverse_over_reverse, reverse_over_forward):
+        assert [x.shape for x in found] == [q.shape, k.shape]
+        assert not any(x.any() for x in found)
+
+
 def test_nan_stays_in_its_own_row(implementation, rng):
     q, k, v = (normal(rng, 1, 40, 2, 16) for _ in range(3))
     attention = functools.partial(tiled_attention, is_causal=True, implementation=implementation)
