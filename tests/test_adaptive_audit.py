@@ -9,7 +9,7 @@ import oracle
 import pytest
 from comparison import normal
 
-from jax_aat import audit
+from jax_aat import audit, rows
 from jax_aat.levels import Grid, pack_levels
 from jax_aat.problem import Operands, Options, Slot
 
@@ -167,3 +167,14 @@ def test_heads_are_judged_together(rng):
     low, high = together.interval[0]
     assert low < together.relative_error[0] < high
     assert low < true < high
+
+
+def test_probabilities_of_large_logits(rng):
+    operands, _, _ = problem(rng)
+    alone = {slot: x[0] for slot, x in operands.items()}
+    attend = jax.jit(lambda some: rows.probabilities(some, Options(0.3e9), GRID, jnp.arange(T))[0])
+    found = attend(alone)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+    q, k = alone[Slot.Q], jnp.repeat(alone[Slot.K], N // K, axis=1)
+    best = jnp.einsum("tnh,snh->nts", q, k).argmax(-1)
+    assert (found.argmax(-1) == best).mean() > 0.99
