@@ -49,11 +49,22 @@ def problem(rng, **extra) -> tuple[Operands, Options, oracle.Problem]:
     return operands, Options(0.5, dense.causal, dense.window, dense.soft_cap), dense
 
 
+def spoil(operands: Operands) -> None:
+    """Puts NaN beyond the lengths."""
+    lengths = {Slot.Q: Slot.Q_LENGTHS, Slot.K: Slot.KV_LENGTHS, Slot.V: Slot.KV_LENGTHS}
+    for slot, length in lengths.items():
+        if length in operands:
+            x = operands[slot]
+            valid = jnp.arange(x.shape[1]) < operands[length][:, None]
+            operands[slot] = jnp.where(valid[..., None, None], x, jnp.nan)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_of_every_row_is_the_truth(name, rng, monkeypatch):
     """Several chunks of rows, all rows: errors, norms and masses are those of a dense oracle."""
     monkeypatch.setattr(audit, "LOGITS_AT_ONCE", 7 * B * N * S)
     operands, options, dense = problem(rng, **CASES[name])
+    spoil(operands)
     exact = oracle.Attention(dense)
     out = exact.out + 0.1 * rng.normal(size=exact.out.shape)
     level = rng.integers(0, 3, (B, GRID.lists, GRID.tiles, GRID.granules))
