@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_aat.problem import Operands, Options, Slot
+from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
 
 IMPLEMENTATIONS = ("vulkan", "xla")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WIDEST_WINDOW = 2**30
+_INT32 = np.iinfo(np.int32)
+_SOFT_CAPS = (1e-30, 1e30)
+"""Between these a logit divided by the cap is a normal float32, if it is near 1 or the cap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +43,14 @@ def check(
     bias: ArrayLike | None,
     mask: ArrayLike | None,
     *,
-    scale: float | None,
+    scale: ArrayLike | None,
     is_causal: bool,
     query_seq_lengths: ArrayLike | None,
     key_value_seq_lengths: ArrayLike | None,
     local_window_size: int | tuple[int, int] | None,
     query_segment_ids: ArrayLike | None,
     key_value_segment_ids: ArrayLike | None,
-    logits_soft_cap: float | None,
+    logits_soft_cap: ArrayLike | None,
 ) -> Checked:
     """Checks everything about a call but its implementation.
 
@@ -87,13 +90,11 @@ def check(
         raise ValueError(f"{missing[0]}: got None, expected segment ids for both or for neither")
     for slot, (name, given, size, layout) in segments.items():
         if given is not None:
-            operands[slot] = _broadcastable(name, _integers(name, given), (batch, size), layout)
+            operands[slot] = _broadcastable(name, _segments(name, given), (batch, size), layout)
 
-    if not isinstance(is_causal, bool | np.bool_):
-        raise TypeError(f"is_causal: got {_describe(is_causal)}, expected True or False")
     options = Options(
-        scale=1 / math.sqrt(head_dim) if scale is None else _number("scale", scale),
-        causal=bool(is_causal),
+        scale=1 / math.sqrt(head_dim) if scale is None else _scale(scale, q.dtype),
+        causal=flag("is_causal", is_causal),
         window=window(local_window_size),
         soft_cap=0.0 if logits_soft_cap is None else _soft_cap(logits_soft_cap),
     )
@@ -110,6 +111,17 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(
             f"implementation: got {implementation!r}, expected 'vulkan', 'xla' or None"
         )
+
+
+def flag(name: str, given: Any) -> bool:
+    """A Python bool.
+
+    Raises:
+      TypeError: It is something else.
+    """
+    if not isinstance(given, bool | np.bool_):
+        raise TypeError(f"{name}: got {_describe(given)}, expected True or False")
+    return bool(given)
 
 
 def _check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -166,24 +178,44 @@ def _mask(mask: ArrayLike, logits: tuple[int, ...]) -> jax.Array:
 
 def _lengths(name: str, lengths: ArrayLike, batch: int, limit: int) -> jax.Array:
     x = _broadcastable(name, _integers(name, lengths), (batch,), "[B]")
-    # What came rather than x: under jit even a constant is traced once it is an array of JAX.
-    hidden = isinstance(lengths, jax.core.Tracer) or (
-        isinstance(lengths, jax.Array) and not lengths.is_fully_addressable
-    )
-    if not hidden and isinstance(limit, int):
-        known = np.asarray(lengths)
-        if known.size and not 0 <= known.min() <= known.max() <= limit:
-            raise ValueError(
-                f"{name}: got lengths from {known.min()} to {known.max()}, "
-                f"expected them to lie in 0 to {limit}"
-            )
+    if isinstance(limit, int):
+        _check_range(name, "lengths", lengths, 0, limit)
     return x
 
 
+def _segments(name: str, ids: ArrayLike) -> jax.Array:
+    x = _integers(name, ids)
+    if jnp.iinfo(getattr(ids, "dtype", np.int64)).max > _INT32.max:
+        _check_range(name, "ids", ids, _INT32.min, _INT32.max)
+    return x
+
+
+def _check_range(name: str, what: str, given: ArrayLike, lowest: int, largest: int) -> None:
+    """Checks values where they are known when a call is traced.
+
+    Those of what came rather than of an array of JAX made of it: under jit even a constant is
+    traced once it is one.
+    """
+    if isinstance(given, jax.core.Tracer):
+        return
+    if isinstance(given, jax.Array) and not given.is_fully_addressable:
+        return
+    known = np.asarray(given)
+    if known.size and not lowest <= known.min() <= known.max() <= largest:
+        raise ValueError(
+            f"{name}: got {what} from {known.min()} to {known.max()}, "
+            f"expected them to lie in {lowest} to {largest}"
+        )
+
+
 def _integers(name: str, given: ArrayLike) -> jax.Array:
+    """As int32; what is not known and beyond it becomes the nearest that it holds."""
     x = _array(name, given)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name}: got dtype {x.dtype.name}, expected an integer one")
+    if jnp.iinfo(x.dtype).max > _INT32.max:
+        lowest = max(_INT32.min, int(jnp.iinfo(x.dtype).min))
+        x = jnp.clip(x, x.dtype.type(lowest), x.dtype.type(_INT32.max))
     return x.astype(jnp.int32)
 
 
@@ -219,19 +251,54 @@ def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
     return left, right
 
 
-def _soft_cap(given: float) -> float:
-    cap = _number("logits_soft_cap", given)
-    if cap <= 0:
-        raise ValueError(f"logits_soft_cap: got {cap}, expected a positive number or None")
+def _scale(given: Any, dtype: Any) -> float:
+    scale = _number("scale", given, "multiply query by it instead")
+    largest = float(jnp.finfo(accumulation_dtype(dtype)).max)
+    if abs(scale) > largest:
+        raise ValueError(
+            f"scale: got {scale}, expected a number that {accumulation_dtype(dtype).name} holds, "
+            f"from {-largest:.3g} to {largest:.3g}"
+        )
+    return scale
+
+
+def _soft_cap(given: Any) -> float:
+    cap = _number("logits_soft_cap", given, "it has to be a Python number")
+    lowest, largest = _SOFT_CAPS
+    if not lowest <= cap <= largest:
+        raise ValueError(
+            f"logits_soft_cap: got {cap}, expected a positive number, from {lowest} to {largest}, "
+            "or None"
+        )
     return cap
 
 
-def _number(name: str, given: Any) -> float:
-    if not isinstance(given, numbers.Real) or isinstance(given, bool):
+def _number(name: str, given: Any, otherwise: str) -> float:
+    """A number, or an array of JAX or NumPy that holds one, as a float.
+
+    Args:
+      name: Of the argument.
+      given: What came.
+      otherwise: What to do with one that is not known when the call is traced.
+    """
+    if isinstance(given, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: got {given}, expected a Python number, known when the call is traced: "
+            f"{otherwise}"
+        )
+    value = given
+    is_array = isinstance(given, np.ndarray | np.generic | jax.Array)
+    if is_array and given.ndim == 0 and jnp.issubdtype(given.dtype, jnp.number):
+        value = given.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {_describe(given)}, expected a Python number")
-    if not math.isfinite(given):
-        raise ValueError(f"{name}: got {given}, expected a finite number")
-    return float(given)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got a number beyond float64, expected a smaller one") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return value
 
 
 def _is_integer(x: Any) -> bool:
@@ -241,7 +308,7 @@ def _is_integer(x: Any) -> bool:
 def _array(name: str, given: Any) -> jax.Array:
     try:
         return jnp.asarray(given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: got {_describe(given)}, expected an array") from error
 
 

@@ -34,14 +34,14 @@ def tiled_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
@@ -59,14 +59,14 @@ def tiled_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
@@ -89,14 +89,14 @@ def tiled_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     implementation: Implementation | None = None,
     adaptation: Adaptation | None = None,
     plan: TilePlan | None = None,
@@ -123,15 +123,19 @@ def tiled_attention(
       value: Shape and dtype of key.
       bias: Added to the logits; any floating-point dtype, broadcasts to [B, N, T, S] ([N, T, S]).
       mask: True where a query may attend to a key; bool, broadcasts to [B, N, T, S] ([N, T, S]).
-      scale: Factor of the logits; None: 1 / sqrt(H).
+      scale: Factor of the logits, a number or a concrete array of one; None: 1 / sqrt(H). One that
+        is traced can be multiplied into query.
       is_causal: Query t sees keys s <= t only.
       query_seq_lengths: Number of valid queries, [B] integers; the rows after them are zero.
       key_value_seq_lengths: Number of valid keys, [B] integers.
       local_window_size: (left, right), or one number for both: query t sees keys
         t - left <= s <= t + right.
-      query_segment_ids: [B, T] integers ([T]); a query sees keys of its own segment only.
+      query_segment_ids: [B, T] integers ([T]); a query sees keys of its own segment only. Compared
+        as int32: of a wider dtype concrete ids beyond it are refused, and traced ones count as the
+        nearest that it holds.
       key_value_segment_ids: [B, S] integers ([S]); given if and only if query_segment_ids is.
-      logits_soft_cap: c: scaled logits x become c tanh(x / c) before the bias is added.
+      logits_soft_cap: c, from 1e-30 to 1e30: scaled logits x become c tanh(x / c) before the bias
+        is added.
       implementation: 'vulkan': the shaders of this package; 'xla': the same algorithm in jax.numpy;
         None: Vulkan where a hardware GPU serves the call, else XLA. `jax_aat.last_dispatch()` tells
         what Vulkan ran.
@@ -160,6 +164,7 @@ def tiled_attention(
       RuntimeError: implementation='vulkan' where Vulkan cannot serve the call; says why.
     """
     arguments.check_implementation(implementation)
+    with_residual = arguments.flag("return_residual", return_residual)
     checked = arguments.check(
         query,
         key,
@@ -193,7 +198,7 @@ def tiled_attention(
         out, residual = out[0], residual[0]
         if report is not None and report.bound is not None:
             report = dataclasses.replace(report, bound=report.bound[0])
-    wanted = (True, return_residual, state is not None, bool(return_report))
+    wanted = (True, with_residual, state is not None, bool(return_report))
     results = [x for x, w in zip((out, residual, following, report), wanted, strict=True) if w]
     return tuple(results) if len(results) > 1 else out
 
@@ -206,14 +211,14 @@ def plan_tiles(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     query_segment_ids: ArrayLike | None = None,
     key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: ArrayLike | None = None,
     implementation: Implementation | None = None,
     state: ResolutionState | None = None,
 ) -> TilePlan:

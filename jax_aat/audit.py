@@ -17,7 +17,7 @@ from jax_aat.levels import EXACT, Grid, unpack_levels
 from jax_aat.problem import Operands, Options, Slot, counted
 from jax_aat.pytrees import exportable
 from jax_aat.rows import LOGITS_AT_ONCE, by_granule, probabilities
-from jax_aat.tiles import PRECISION
+from jax_aat.tiles import PRECISION, finite
 
 _DEGREES = (0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 30, 60, np.inf)
 _STUDENT = (
@@ -214,7 +214,8 @@ def _compare(
     """What one batch entry's rows at `positions` [R] tell, each [R, N]."""
     weights, seen = probabilities(operands, options, grid, positions)
     precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
-    v = operands[Slot.V].astype(weights.dtype)
+    # Where a value that is seen is not finite, neither is the output.
+    v = finite(operands[Slot.V].astype(weights.dtype))
     grouped = weights.reshape(grid.kv_heads, -1, *weights.shape[1:])
     exact = jnp.einsum("kgrs,skh->rkgh", grouped, v, precision=precision)
     exact = exact.reshape(-1, grid.heads, exact.shape[-1])

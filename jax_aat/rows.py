@@ -48,8 +48,10 @@ def probabilities(
     dtype = accumulation_dtype(operands[Slot.Q].dtype)
     precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
     q, k = (operands[slot].astype(dtype) for slot in (Slot.Q, Slot.K))
-    q = q[positions].reshape(len(positions), grid.kv_heads, -1, q.shape[-1])
-    logits = jnp.einsum("rkgh,skh->kgrs", q, k, precision=precision) * options.scale
+    # q is scaled so that no compiler contracts it with the subtraction below: of large logits that
+    # of rounded ones may be anything.
+    q = q[positions].reshape(len(positions), grid.kv_heads, -1, q.shape[-1]) * options.scale
+    logits = jnp.einsum("rkgh,skh->kgrs", q, k, precision=precision)
     logits = logits.reshape(grid.heads, *logits.shape[2:])
     if options.soft_cap:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
@@ -59,7 +61,7 @@ def probabilities(
     visible = visibility(operands, options, grid, positions)
     logits = jnp.where(visible, logits, -jnp.inf)
     largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.exp(logits - jnp.where(largest == -jnp.inf, 0, largest))
+    weights = jnp.exp(jnp.minimum(logits - jnp.where(largest == -jnp.inf, 0, largest), 0))
     return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30), visible
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_aat.listed_tiles import ListedTiles
 from jax_aat.problem import (
@@ -20,7 +21,7 @@ from jax_aat.problem import (
     Slot,
     forward_results,
 )
-from jax_aat.tiles import Accumulators, TiledCall, Tiles
+from jax_aat.tiles import Accumulators, TiledCall, Tiles, finite
 
 TILE = (256, 512)
 """Queries of a tile, keys of a block."""
@@ -48,13 +49,13 @@ def forward(
         largest = jnp.maximum(old["max"], logits.max(-1))
         # A row that has seen nothing yet has no maximum to subtract.
         shift = jnp.where(largest == -jnp.inf, 0, largest)
-        weights = jnp.exp(logits - shift[..., None])
+        weights, _ = _weights(logits, shift)
         decay = jnp.exp(old["max"] - shift)
         new = {
             "max": largest,
             "sum": old["sum"] * decay + weights.sum(-1),
             "out": old["out"] * decay[..., None]
-            + tiles.product("kgts,skh->kgth", weights, tiles.take(Slot.V, i, j)),
+            + tiles.weighted("kgts,skh->kgth", weights, tiles.take(Slot.V, i, j)),
         }
         if "shares" in old:
             new["shares"] = old["shares"] * decay[..., None]
@@ -94,17 +95,19 @@ def tangent(
 
     def step(old: Accumulators, keys: Accumulators, i: Any, j: Any) -> Any:
         logits, slope = tiles.logits(i, j)
-        weights = jnp.exp(logits - tiles.take(Slot.LSE, i, j)[..., None])
+        weights, seen = _weights(logits, tiles.take(Slot.LSE, i, j))
         new = dict(old)
         if moves_logits:
-            moved = weights * tiles.logits_tangent(slope, i, j)
+            moved = jnp.where(seen, weights * tiles.logits_tangent(slope, i, j), 0)
             new[Slot.DLSE] += moved.sum(-1)
-            new[Slot.DOUT] += tiles.product("kgts,skh->kgth", moved, tiles.take(Slot.V, i, j))
+            # Where v is not finite, neither is the output, which is subtracted at the end.
+            v = finite(tiles.take(Slot.V, i, j))
+            new[Slot.DOUT] += tiles.product("kgts,skh->kgth", moved, v)
             if tiles.is_coarse(j):
                 new[Slot.DSHARES] += tiles.by_level(moved, j)
         if tiles.key_slot(Slot.DV, j) in operands:
             dv = tiles.take(Slot.DV, i, j)
-            new[Slot.DOUT] += tiles.product("kgts,skh->kgth", weights, dv)
+            new[Slot.DOUT] += tiles.weighted("kgts,skh->kgth", weights, dv)
         return new, keys
 
     end, _ = tiles.fold(step, rows)
@@ -158,7 +161,7 @@ def backward(
 
     def step(old: Accumulators, old_keys: Accumulators, i: Any, j: Any) -> Any:
         logits, slope = tiles.logits(i, j)
-        weights = jnp.exp(logits - tiles.take(Slot.LSE, i, j)[..., None])
+        weights, seen = _weights(logits, tiles.take(Slot.LSE, i, j))
         new, keys = dict(old), dict(old_keys)
         key_slot, value_slot = tiles.key_slot(Slot.DK, j), tiles.key_slot(Slot.DV, j)
         pull = -tiles.rows_of(delta, i)[..., None]
@@ -166,27 +169,40 @@ def backward(
             dout = tiles.take(Slot.DOUT, i, j)
             pull += tiles.product("tkgh,skh->kgts", dout, tiles.take(Slot.V, i, j))
             if value_slot in keys:
-                dv = tiles.product("kgts,tkgh->skh", weights, dout)
+                dv = tiles.weighted("kgts,tkgh->skh", weights, dout)
                 keys[value_slot] = tiles.add(value_slot, keys[value_slot], i, j, dv)
         if tiles.is_coarse(j) and Slot.DSHARES in operands:
             pull += tiles.take(Slot.DSHARES, i, j)
-        dlogits = weights * pull
+        dlogits = jnp.where(seen, weights * pull, 0)
         if Slot.DBIAS in keys:
             keys[Slot.DBIAS] = tiles.add(Slot.DBIAS, keys[Slot.DBIAS], i, j, dlogits)
         if Slot.DLEVEL_BIAS in old and tiles.is_coarse(j):
             new[Slot.DLEVEL_BIAS] += tiles.by_level(dlogits, j)
         dscores = dlogits * slope * options.scale
         if Slot.DQ in old:
-            dq = tiles.product("kgts,skh->kgth", dscores, tiles.take(Slot.K, i, j))
-            new[Slot.DQ] += dq
+            k = finite(tiles.take(Slot.K, i, j))
+            new[Slot.DQ] += tiles.product("kgts,skh->kgth", dscores, k)
         if key_slot in keys:
-            dk = tiles.product("kgts,tkgh->skh", dscores, tiles.take(Slot.Q, i, j))
+            q = finite(tiles.take(Slot.Q, i, j))
+            dk = tiles.product("kgts,tkgh->skh", dscores, q)
             keys[key_slot] = tiles.add(key_slot, keys[key_slot], i, j, dk)
         return new, keys
 
     ends = tiles.fold(step, {slot: x for slot, x in rows.items() if slot in results}, along_keys)
     end = ends[0] | ends[1]
     return tuple(tiles.result(slot, end[slot]) for slot in results)
+
+
+def _weights(logits: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(logits - shift), at most 1 and exactly 0 where hidden; and which are seen.
+
+    `shift` is the largest logit of a row, or the logarithm of the sum of all.
+    """
+    seen = logits != -jnp.inf
+    exponent = logits - shift[..., None]
+    # What rounding leaves above 0, of large logits, is cut off; derivatives do not see it.
+    exponent -= lax.stop_gradient(jnp.maximum(exponent, 0))
+    return jnp.where(seen, jnp.exp(exponent), 0), seen
 
 
 def _cut(

@@ -134,21 +134,26 @@ class TiledCall(abc.ABC):
         return _COARSE[slot] if self.is_coarse(j) else slot
 
     def logits(self, i: Any, j: Any) -> tuple[jax.Array, jax.Array | float]:
-        """Logits of a pair, -inf where hidden, and the slope of the soft cap."""
+        """Logits of a pair, -inf where hidden, and the slope of the soft cap, 0 there."""
         slope: jax.Array | float = 1.0
-        scores = self.product("tkgh,skh->kgts", self.take(Slot.Q, i, j), self.take(Slot.K, i, j))
-        scores *= self.options.scale
+        visible = self.visible(i, j)
+        # A compiler may contract a score's multiplication with the subtraction of a maximum, which
+        # was that of rounded scores: the difference could then be any number. So q is scaled, and
+        # maximum, which changes nothing, stands in between.
+        q = self.take(Slot.Q, i, j) * self.options.scale
+        scores = self.product("tkgh,skh->kgts", q, self.take(Slot.K, i, j))
         cap = self.options.soft_cap
         if cap:
             squashed = jnp.tanh(scores / cap)
-            scores, slope = cap * squashed, 1 - squashed**2
+            scores, slope = jnp.maximum(cap * squashed, -cap), 1 - squashed**2
+            if visible is not None:
+                slope = jnp.where(visible, slope, 0)
         if Slot.BIAS in self.operands:
             scores += self.take(Slot.BIAS, i, j)
         if self.is_coarse(j):
             scores += self.mass(j)
             if Slot.LEVEL_BIAS in self.operands:
                 scores += self.take(Slot.LEVEL_BIAS, i, j)
-        visible = self.visible(i, j)
         return scores if visible is None else jnp.where(visible, scores, -jnp.inf), slope
 
     def logits_tangent(self, slope: jax.Array | float, i: Any, j: Any) -> jax.Array | float:
@@ -222,6 +227,16 @@ class TiledCall(abc.ABC):
             right,
             precision=PRECISION.get(self.operands[Slot.Q].dtype, lax.Precision.HIGHEST),
         )
+
+    def weighted(self, subscripts: str, weights: jax.Array, rows: jax.Array) -> jax.Array:
+        """`product` of weights, none negative, with rows [..., H]: those of weight 0 are left out.
+
+        0 times NaN would be NaN. Results that weigh a row that is not finite are NaN.
+        """
+        total = self.product(subscripts, weights, finite(rows))
+        bad = (~jnp.isfinite(rows).all(-1)).astype(rows.dtype)
+        spoiled = self.product(subscripts.replace("h", ""), weights, bad)
+        return jnp.where(spoiled[..., None] != 0, jnp.nan, total)
 
     def filled(self, shape: tuple[int, ...], value: float) -> jax.Array:
         """An accumulator."""
@@ -427,6 +442,15 @@ def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         if wanted == 1 and size != 1
     )
     return x.sum(axes, keepdims=True) if axes else x
+
+
+def finite(rows: jax.Array) -> jax.Array:
+    """Rows to be multiplied by weights of 0, too: what is not finite, of which 0 is NaN, left out.
+
+    Where weights are derivatives of scores nothing else is to be done: of such a row those that are
+    not 0 are NaN themselves.
+    """
+    return jnp.where(jnp.isfinite(rows), rows, 0)
 
 
 def _same(a: Any, b: Any) -> bool:

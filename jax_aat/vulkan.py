@@ -25,7 +25,7 @@ else:
 MAX_HEAD_DIM = 256
 DTYPES = ("float32", "bfloat16", "float16")
 SWITCH = "JAX_AAT_DISABLE"
-"""Environment variable; 1 switches the custom calls off."""
+"""Environment variable; 1 or true switches the custom calls off."""
 
 _HARDWARE = ("discrete", "integrated", "virtual")
 _NVIDIA = 0x10DE  # vendor id of the PCI registry
@@ -254,8 +254,11 @@ def find_device(device: Device | int | None) -> Device:
 
 def problem() -> str:
     """Why Vulkan cannot be used and what to do about it; empty where it can."""
-    if os.environ.get(SWITCH) == "1":
-        return f"{SWITCH}=1 switches Vulkan off: unset it"
+    switch = os.environ.get(SWITCH, "")
+    if switch.lower() in ("1", "true"):
+        return f"{SWITCH}={switch} switches Vulkan off: unset it"
+    if switch.lower() not in ("", "0", "false"):
+        return f"{SWITCH}={switch} is none of 1, true, 0 and false: correct or unset it"
     return _NO_NATIVE or _native.problem()
 
 

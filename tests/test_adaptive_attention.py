@@ -183,6 +183,29 @@ def test_agrees_with_the_oracle(name, dtype, rng):
     assert_close(result[1:], expected[1:], TOLERANCE[dtype][1])
 
 
+def test_nan_beyond_the_lengths_is_not_read(rng):
+    """Nor in tangents, by any pass."""
+    call = Call(Case(queries=40, keys=70, lengths=True, options=(CAUSAL,)), rng)
+    tangents = tuple(normal(rng, *x.shape) for x in call.arrays)
+    lengths = {
+        Slot.Q: call.operands[Slot.Q_LENGTHS],
+        Slot.K: call.operands[Slot.KV_LENGTHS],
+        Slot.V: call.operands[Slot.KV_LENGTHS],
+    }
+
+    def spoiled(arrays):
+        changed = []
+        for slot, x in zip(call.slots, arrays, strict=True):
+            length = lengths.get(slot, jnp.full(2, x.shape[1]))
+            beyond = jnp.arange(x.shape[1]) >= length[:, None]
+            changed.append(jnp.where(beyond[..., None, None], jnp.nan, x))
+        return tuple(changed)
+
+    both = jax.jit(functools.partial(everything, call.ours))
+    assert all(bool(jnp.isnan(x).any()) for x in spoiled(call.arrays)[:3])
+    assert_close(both(spoiled(call.arrays), spoiled(tangents)), both(call.arrays, tangents), 1e-6)
+
+
 def test_every_level_is_exercised(rng):
     found = set()
     for case in CASES.values():

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from comparison import normal
 
-from jax_aat import audit
+from jax_aat import audit, rows
 from jax_aat.levels import Grid, pack_levels
 from jax_aat.problem import Operands, Options, Slot
 
@@ -49,11 +49,22 @@ def problem(rng, **extra) -> tuple[Operands, Options, oracle.Problem]:
     return operands, Options(0.5, dense.causal, dense.window, dense.soft_cap), dense
 
 
+def spoil(operands: Operands) -> None:
+    """Puts NaN beyond the lengths."""
+    lengths = {Slot.Q: Slot.Q_LENGTHS, Slot.K: Slot.KV_LENGTHS, Slot.V: Slot.KV_LENGTHS}
+    for slot, length in lengths.items():
+        if length in operands:
+            x = operands[slot]
+            valid = jnp.arange(x.shape[1]) < operands[length][:, None]
+            operands[slot] = jnp.where(valid[..., None, None], x, jnp.nan)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_of_every_row_is_the_truth(name, rng, monkeypatch):
     """Several chunks of rows, all rows: errors, norms and masses are those of a dense oracle."""
     monkeypatch.setattr(audit, "LOGITS_AT_ONCE", 7 * B * N * S)
     operands, options, dense = problem(rng, **CASES[name])
+    spoil(operands)
     exact = oracle.Attention(dense)
     out = exact.out + 0.1 * rng.normal(size=exact.out.shape)
     level = rng.integers(0, 3, (B, GRID.lists, GRID.tiles, GRID.granules))
@@ -167,3 +178,14 @@ def test_heads_are_judged_together(rng):
     low, high = together.interval[0]
     assert low < together.relative_error[0] < high
     assert low < true < high
+
+
+def test_probabilities_of_large_logits(rng):
+    operands, _, _ = problem(rng)
+    alone = {slot: x[0] for slot, x in operands.items()}
+    attend = jax.jit(lambda some: rows.probabilities(some, Options(0.3e9), GRID, jnp.arange(T))[0])
+    found = attend(alone)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+    q, k = alone[Slot.Q], jnp.repeat(alone[Slot.K], N // K, axis=1)
+    best = jnp.einsum("tnh,snh->nts", q, k).argmax(-1)
+    assert (found.argmax(-1) == best).mean() > 0.99

@@ -64,7 +64,14 @@ REFUSED = [
     ({"scale": "1"}, TypeError, "scale: got '1'"),
     ({"scale": True}, TypeError, "scale: got True"),
     ({"scale": array()}, TypeError, "scale: got .* expected a Python number"),
+    ({"scale": array()}, TypeError, "scale: got .* multiply query by it instead"),
+    ({"scale": np.ones(1)}, TypeError, "scale: got .* expected a Python number"),
+    ({"scale": np.array(True)}, TypeError, "scale: got .* expected a Python number"),
+    ({"scale": jnp.complex64(1)}, TypeError, "scale: got .* expected a Python number"),
     ({"scale": float("nan")}, ValueError, "scale: got nan, expected a finite number"),
+    ({"scale": jnp.float32(np.inf)}, ValueError, "scale: got inf, expected a finite number"),
+    ({"scale": -1e300}, ValueError, r"scale: got -1e\+300, .* that float32 holds, .* 3.4e\+38"),
+    ({"scale": 10**400}, ValueError, "scale: got a number beyond float64, expected a smaller one"),
     ({"is_causal": 1}, TypeError, "is_causal: got 1"),
     ({"is_causal": array(dtype=BOOL)}, TypeError, "is_causal: got"),
     ({"local_window_size": -1}, ValueError, "local_window_size: got -1"),
@@ -90,7 +97,20 @@ REFUSED = [
         "query_segment_ids: got dtype float32",
     ),
     ({"logits_soft_cap": 0}, ValueError, "logits_soft_cap: got 0.0, expected a positive number"),
+    ({"logits_soft_cap": 1e300}, ValueError, r"logits_soft_cap: got 1e\+300, .* 1e-30 to 1e\+30"),
+    ({"logits_soft_cap": 1e-50}, ValueError, "logits_soft_cap: got 1e-50, .* a positive number"),
+    ({"logits_soft_cap": array()}, TypeError, "logits_soft_cap: got .* a Python number"),
     ({"logits_soft_cap": "x"}, TypeError, "logits_soft_cap: got 'x'"),
+    ({"return_residual": "x"}, TypeError, "return_residual: got 'x' .* expected True or False"),
+    ({"return_residual": 1}, TypeError, "return_residual: got 1"),
+    (
+        {
+            "query_segment_ids": np.full(T, 2**32),
+            "key_value_segment_ids": np.zeros(S, np.int64),
+        },
+        ValueError,
+        "query_segment_ids: got ids from 4294967296 to 4294967296, .* to 2147483647",
+    ),
     ({"implementation": "cudnn"}, ValueError, "implementation: got 'cudnn', expected 'vulkan'"),
     ({"implementation": 3}, ValueError, "implementation: got 3"),
 ]
@@ -110,6 +130,9 @@ ACCEPTED = [
     {"bias": array(1, 1, T, 1, dtype=jnp.bfloat16)},
     {"scale": np.float32(0.5), "is_causal": np.bool_(True)},
     {"scale": 0},
+    {"scale": jnp.float32(0.5)},
+    {"scale": np.array(2)},
+    {"scale": jnp.bfloat16(0.5), "logits_soft_cap": jnp.float32(3)},
     {"local_window_size": 0},
     {"local_window_size": (np.int64(3), 2**40)},
     {"query_seq_lengths": array(B, dtype=jnp.uint8), "key_value_seq_lengths": np.array([0, S])},
@@ -152,11 +175,57 @@ def test_vulkan_refuses_what_it_does_not_serve():
         assert trace(**double).dtype == jnp.float64
 
 
-def test_environment_switches_vulkan_off(monkeypatch):
-    monkeypatch.setenv("JAX_AAT_DISABLE", "1")
-    with pytest.raises(RuntimeError, match="JAX_AAT_DISABLE=1 switches Vulkan off"):
+@pytest.mark.parametrize(
+    ("switch", "words"),
+    [
+        ("1", "JAX_AAT_DISABLE=1 switches Vulkan off"),
+        ("true", "JAX_AAT_DISABLE=true switches Vulkan off"),
+        ("maybe", "JAX_AAT_DISABLE=maybe is none of 1, true, 0 and false"),
+    ],
+)
+def test_environment_switches_vulkan_off(switch, words, monkeypatch):
+    monkeypatch.setenv("JAX_AAT_DISABLE", switch)
+    with pytest.raises(RuntimeError, match=words):
         trace(implementation="vulkan")
     assert trace() == array(B, T, N, H)
+
+
+@pytest.mark.parametrize("switch", ["", "0", "False"])
+def test_environment_leaves_vulkan_on(switch, monkeypatch):
+    monkeypatch.setenv("JAX_AAT_DISABLE", switch)
+    assert trace(implementation="vulkan") == array(B, T, N, H)
+
+
+def test_scale_of_float64_by_xla():
+    """It may be as large as float64 allows."""
+    with jax.enable_x64(True):
+        double = {name: array(*x.shape, dtype=jnp.float64) for name, x in FITTING.items()}
+        assert trace(**double, scale=1e300).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_integers_wider_than_int32(traced, implementation):
+    """Small ids and lengths are what they are; a length beyond int32 is no small one."""
+    x = jnp.linspace(-1, 1, T * N * H).reshape(1, T, N, H)
+    ids = np.array([[0, 0, 1, 1, 2]])
+
+    def attend(lengths, ids, far):
+        options = {"key_value_seq_lengths": lengths, "implementation": implementation}
+        near = tiled_attention(x, x, x, query_segment_ids=ids, key_value_segment_ids=ids, **options)
+        if far is None:
+            return near
+        apart = {"query_segment_ids": far, "key_value_segment_ids": ids}
+        return near, tiled_attention(x, x, x, **apart, **options)
+
+    expected = attend(np.array([T], np.int32), ids.astype(np.int32), None)
+    with jax.enable_x64(True):
+        if not traced:
+            wide = attend(np.array([T], np.int64), ids, None)
+        else:
+            given = np.array([2**32 + 1]), ids, ids + 2**32
+            wide, apart = jax.jit(attend)(*given)
+            assert not apart.any()
+        np.testing.assert_array_equal(wide, expected)
 
 
 WITHOUT_NATIVE = """

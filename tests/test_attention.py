@@ -286,6 +286,24 @@ def test_axes_of_size_zero(empty, implementation):
         np.testing.assert_array_equal(lse, np.float32(EMPTY_LOGSUMEXP))
 
 
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys", "heads"])
+def test_second_derivatives_of_axes_of_size_zero(empty, implementation):
+    sizes = {"batch": 2, "queries": 3, "keys": 5, "heads": 2} | {empty: 0}
+    q = jnp.ones((sizes["batch"], sizes["queries"], sizes["heads"], 4))
+    k = jnp.ones((sizes["batch"], sizes["keys"], sizes["heads"], 4))
+
+    def loss(q, k):
+        return jnp.square(tiled_attention(q, k, k, implementation=implementation)).sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    forward_over_reverse = jax.jvp(gradients, (q, k), (q, k))[1]
+    reverse_over_reverse = jax.vjp(gradients, q, k)[1]((q, k))
+    reverse_over_forward = jax.grad(lambda *xs: jax.jvp(loss, xs, (q, k))[1], argnums=(0, 1))(q, k)
+    for found in (forward_over_reverse, reverse_over_reverse, reverse_over_forward):
+        assert [x.shape for x in found] == [q.shape, k.shape]
+        assert not any(x.any() for x in found)
+
+
 def test_nan_stays_in_its_own_row(implementation, rng):
     q, k, v = (normal(rng, 1, 40, 2, 16) for _ in range(3))
     attention = functools.partial(tiled_attention, is_causal=True, implementation=implementation)
@@ -295,19 +313,123 @@ def test_nan_stays_in_its_own_row(implementation, rng):
     assert_same_bits(out.at[0, 7, 1].set(clean[0, 7, 1]), clean)
 
 
+HIDDEN = {
+    "causal": {"is_causal": True},
+    "lengths": {
+        "query_seq_lengths": np.array([31], np.int32),
+        "key_value_seq_lengths": np.array([31], np.int32),
+    },
+    "mask": {"mask": np.outer(np.arange(40) < 31, np.arange(40) < 31)},
+}
+
+
+def nan_rows(x) -> list[int]:
+    """Which rows [1, rows, heads, ...] of head 1 are NaN; none of head 0 is."""
+    spoiled = np.isnan(np.asarray(x)).reshape(*x.shape[:3], -1)
+    assert not spoiled[:, :, 0].any()
+    assert (spoiled.any(-1) == spoiled.all(-1)).all()
+    return np.flatnonzero(spoiled[0, :, 1].all(-1)).tolist()
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_what_is_not_finite_reaches_what_sees_it(hidden, implementation, rng):
+    """Of a query row, key, value, tangent or cotangent, in all results; the rest is as without."""
+    names = ("q", "k", "v", "dq", "dk", "dv", "dout")
+    results = ("out", "lse", "moved", "dlse", *"QKV")
+    arrays = {name: normal(rng, 1, 40, 2, 16) for name in names}
+    attention = functools.partial(
+        tiled_attention, implementation=implementation, return_residual=True, **HIDDEN[hidden]
+    )
+
+    @jax.jit
+    def everything(q, k, v, dq, dk, dv, dout):
+        (out, lse), (moved, dlse) = jax.jvp(attention, (q, k, v), (dq, dk, dv))
+        _, pull = jax.vjp(lambda *xs: attention(*xs)[0], q, k, v)
+        gradients = pull(dout)
+        return dict(zip(results, (out, lse, moved, dlse, *gradients), strict=True))
+
+    clean = everything(**arrays)
+    rows, none = list(range(40)), []
+    if hidden == "causal":
+        # Row 35 sees keys up to 35; key 20 is seen by row 20 and later ones, which see all keys.
+        query, seen, key, others = [35], rows[:36], rows[20:], rows
+    else:
+        query = seen = key = others = none
+    expected = {
+        "q": dict.fromkeys(results, query) | dict.fromkeys("KV", seen),
+        "k": dict.fromkeys(results, key) | dict.fromkeys("KV", others),
+        "v": dict.fromkeys(("out", "moved", "Q"), key) | {"K": others},
+        "dq": dict.fromkeys(("moved", "dlse"), query),
+        "dk": dict.fromkeys(("moved", "dlse"), key),
+        "dv": {"moved": key},
+        "dout": {"Q": query} | dict.fromkeys("KV", seen),
+    }
+    for value in (np.nan, np.inf):
+        for name, reached in expected.items():
+            row = 35 if hidden != "causal" or name in ("q", "dq", "dout") else 20
+            changed = arrays | {name: arrays[name].at[0, row, 1].set(value)}
+            for result, x in everything(**changed).items():
+                if np.isnan(value):
+                    assert nan_rows(x) == reached.get(result, none), (name, result)
+                kept = np.ones(40, bool)
+                kept[reached.get(result, none)] = False
+                assert_close(x[:, kept], clean[result][:, kept], 1e-6)
+
+
+def assert_sharp(attention, arrays, scale: float) -> None:
+    """Holds results and gradients of large logits to those of float64.
+
+    A logit near 1e5 is known to 1e5 * 2**-24, and so is the logarithm of a weight. The gradients of
+    rows that one key has alone are 0: what is left of them is the rounding of a difference.
+    """
+    cotangent = jnp.cos(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
+
+    def with_gradients(function):
+        def everything(cotangent, *arrays):
+            (out, lse), pull = jax.vjp(function, *arrays)
+            return out, lse, *pull((cotangent, jnp.zeros_like(lse)))
+
+        return everything
+
+    out, lse, *gradients = jax.jit(with_gradients(attention))(cotangent, *arrays)
+    dense = functools.partial(dense_attention, scale=scale)
+    expected = in_float64(with_gradients(dense), cotangent, *arrays)
+    tolerance = 2e-5 if abs(scale) < 1e-3 else 2e-2
+    assert_close(out, expected[0], tolerance)
+    assert_close(lse, expected[1], 2e-5)
+    sizes = [float(np.linalg.norm(x)) for x in (cotangent, *arrays[:3])]
+    rounding = [abs(scale) * sizes[0] * size for size in (sizes[2], sizes[1])]
+    for found, exact, size in zip(gradients, expected[2:], (*rounding, 0, sizes[0]), strict=False):
+        error = np.linalg.norm(np.asarray(found, np.float64) - exact)
+        assert error <= tolerance * np.linalg.norm(exact) + 1e-6 * size
+
+
 def test_extreme_logits(implementation, rng):
     q, k, v = (normal(rng, 1, 33, 2, 16) for _ in range(3))
     bias = jnp.where(jnp.asarray(rng.random((1, 2, 33, 33)) < 0.3), -jnp.inf, 0.0)
     bias = bias.at[..., 0].set(0)
-    for scale in (1e4, -1e4, 1e-6):
-        arrays, options = (q, k, v, bias), {"scale": scale}
-        out, lse = tiled_attention(
-            *arrays, implementation=implementation, return_residual=True, **options
+    for scale in (1e4, -1e4, 1e-6, 1e9, -1e9):
+        attention = functools.partial(
+            tiled_attention, scale=scale, implementation=implementation, return_residual=True
         )
-        expected = oracle(*arrays, **options)
-        # A logit near 1e5 is known to 1e5 * 2**-24, and so is the logarithm of a weight.
-        assert_close(out, expected[0], 2e-5 if abs(scale) < 1 else 2e-2)
-        assert_close(lse, expected[1], 2e-5)
+        assert_sharp(attention, (q, k, v, bias) if abs(scale) < 1e9 else (q, k, v), scale)
+
+
+@pytest.mark.parametrize("head_dim", [24, 80])
+def test_extreme_operands(head_dim, implementation, rng):
+    q, k, v = (normal(rng, 1, 33, 2, head_dim) for _ in range(3))
+    attention = functools.partial(
+        tiled_attention, implementation=implementation, return_residual=True
+    )
+    assert_sharp(attention, (q * 3e4, k * 3e4, v), head_dim**-0.5)
+
+
+def test_extreme_soft_cap(implementation, rng):
+    """A cap so large that a logit near it is known to many units only."""
+    q, k, v = (normal(rng, 1, 33, 2, 24) for _ in range(3))
+    options = {"scale": 1e12, "logits_soft_cap": 3e13}
+    out = tiled_attention(q, k, v, implementation=implementation, **options)
+    assert_close(out, oracle(q, k, v, **options)[0], 2e-2)
 
 
 def test_same_bits_every_time(implementation, rng):

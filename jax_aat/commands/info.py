@@ -20,7 +20,7 @@ PASSES = ("forward", "tangent", "backward")
 HEAD_DIMS = (64, 128, 256)
 VARIABLES = {
     "JAX_AAT_DEVICE": "index, or part of the name, of the Vulkan device to use",
-    vulkan.SWITCH: "1 switches the custom calls off",
+    vulkan.SWITCH: "1 or true switches the custom calls off",
     "JAX_AAT_LOG": "least severe messages written: error, warning, info or debug",
     "JAX_AAT_VALIDATION": "1 runs under the Vulkan validation layers",
     "JAX_AAT_MEMORY_LIMIT": "bytes of device memory that may be held",

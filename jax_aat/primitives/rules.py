@@ -5,7 +5,7 @@ operands those are), `options`, `implementation` and `needs_devices` (see `devic
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -88,7 +88,7 @@ def register_lowering(
         ) -> Sequence[jax.Array]:
             operands = by_slot(slots, values)
             types = result_types(operands, **params)
-            if any(0 in x.shape for x in values):
+            if _is_empty(values):
                 return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
             if not (serves_vulkan and implementation == "vulkan"):
                 return tiled(operands, **params)
@@ -111,6 +111,11 @@ def register_lowering(
     mlir.register_lowering(primitive, lower(serves_vulkan=False))
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(primitive, lower(serves_vulkan=True), platform=platform)
+
+
+def _is_empty(values: Iterable[Any]) -> bool:
+    """Whether a call has an axis of size 0."""
+    return any(0 in x.shape for x in values)
 
 
 def _nothing_to_attend_to(slot: Slot, result: jax.ShapeDtypeStruct) -> jax.Array:
@@ -183,7 +188,8 @@ def register_linear(
             fixed = {slot: x for slot, x in operands.items() if slot not in linear}
             terms = bind(primitive, fixed | along, **params)
             derivative = [jnp.broadcast_to(t, x.shape) for t, x in zip(terms, results, strict=True)]
-        if across:
+        # Nothing moves what has no query or no key.
+        if across and not _is_empty(primals):
             _, terms = jax.jvp(
                 lambda some: _tiled(tiled, operands | some, **params),
                 ({slot: operands[slot] for slot in across},),
