@@ -5,12 +5,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_aat import corrected
+from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
 from jax_aat.audit import Audit, audit, choose_rows
 from jax_aat.plan import TilePlan, grid_of
@@ -152,8 +154,15 @@ def _kept(
     def reused(hides: bool) -> TilePlan:
         return dataclasses.replace(kept, hides=hides).for_call(operands, options)
 
+    def alike(branch: Callable[[], TilePlan]) -> Callable[[], TilePlan]:
+        # Inside a shard_map all branches vary over the same mesh axes.
+        known = jax.tree.leaves((kept, operands))
+        return lambda: jax.tree.map(lambda x: vary_like(x, known), branch())
+
     due = state.step % adaptation.replan_every == 0
     # Lists are made anew only where the plan hides what this call may show.
     branches = (chosen, functools.partial(reused, False), functools.partial(reused, True))
-    planned: TilePlan = lax.switch(jnp.where(due, 0, 1 + kept_hides), branches)
+    planned: TilePlan = lax.switch(
+        jnp.where(due, 0, 1 + kept_hides), [alike(branch) for branch in branches]
+    )
     return planned

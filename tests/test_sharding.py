@@ -11,7 +11,7 @@ from comparison import Ran, assert_close, in_float64, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_aat import tiled_attention
+from jax_aat import Adaptation, ResolutionState, tiled_attention
 from jax_aat.reference import dense_attention
 
 B, T, S, H = 4, 20, 24, 16
@@ -205,6 +205,31 @@ def test_gradient_inside_shard_map_sums_over_what_broadcasts(attention, rng):
 
     mapped = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=specs))
     assert_close(mapped(*arrays), expected_of(arrays)["gradient"], 1e-4)
+
+
+def test_a_state_of_each_shard(implementation, rng):
+    """One that keeps its plan, so that branches of different origin must be alike."""
+    adaptation = Adaptation(threshold=1e-3, query_tile=32, replan_every=2)
+    q, k, v = (normal(rng, 2, 128, heads, H) for heads in (2, 1, 1))
+
+    def three_calls(q, k, v):
+        state, outs = ResolutionState.init(q, k, adaptation, is_causal=True), []
+        for _ in range(3):
+            out, state = tiled_attention(
+                *(q, k, v),
+                is_causal=True,
+                adaptation=adaptation,
+                state=state,
+                implementation=implementation,
+            )
+            outs.append(out)
+        return jnp.concatenate(outs, 1)
+
+    split = functools.partial(jax.shard_map, in_specs=P("data"), out_specs=P("data"))
+    actual = jax.jit(split(three_calls, mesh=mesh_of(2, 4), axis_names={"data"}))(q, k, v)
+    alone = jax.jit(three_calls)
+    expected = [alone(*(x[i : i + 1] for x in (q, k, v))) for i in range(2)]
+    assert_close(actual, np.concatenate(expected), 1e-6)
 
 
 def test_shard_map_over_one_of_two_axes(attention, rng):
