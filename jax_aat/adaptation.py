@@ -5,6 +5,7 @@ import math
 import numbers
 from typing import Any
 
+from jax_aat.arguments import is_integer
 from jax_aat.levels import EXACT, MEAN, SUPER_MEAN
 
 _LEVELS = ((EXACT,), (EXACT, MEAN), (EXACT, MEAN, SUPER_MEAN))
@@ -92,7 +93,6 @@ class Adaptation:
 
 def _integer(name: str, value: Any, expected: str) -> int:
     """An integer of Python, of NumPy or the like as one of Python."""
-    # True would equal 1, and 32.0 equal 32.
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f"{name}: got {value!r}, expected {expected}")
     return int(value)

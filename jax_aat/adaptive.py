@@ -111,7 +111,7 @@ def attend_observed(
     """
     past = (None, None) if state is None else (state.log_price, state.levels)
     if plan is None and state is not None:
-        plan = _kept(operands, options, adaptation, implementation, state)
+        plan = _kept(operands, options, adaptation, implementation, state, past)
     out, lse, plan = attend(operands, options, adaptation, implementation, plan, past)
     if state is None and not reports:
         return out, lse, None, None
@@ -141,6 +141,7 @@ def _kept(
     adaptation: Adaptation,
     implementation: str,
     state: ResolutionState,
+    past: tuple[jax.Array | None, jax.Array | None],
 ) -> TilePlan | None:
     """The plan of a state that keeps one: replaced every `replan_every` calls."""
     kept, kept_hides = state.plan, state.plan_hides
@@ -148,21 +149,21 @@ def _kept(
         return None
 
     def chosen() -> TilePlan:
-        past = (state.log_price, state.levels)
         return TilePlan.choose(operands, options, adaptation, *past, implementation)
 
     def reused(hides: bool) -> TilePlan:
         return dataclasses.replace(kept, hides=hides).for_call(operands, options)
 
-    def alike(branch: Callable[[], TilePlan]) -> Callable[[], TilePlan]:
+    known = jax.tree.leaves((kept, operands))
+
+    def alike(branch: Callable[[], TilePlan]) -> TilePlan:
         # Inside a shard_map all branches vary over the same mesh axes.
-        known = jax.tree.leaves((kept, operands))
-        return lambda: jax.tree.map(lambda x: vary_like(x, known), branch())
+        made: TilePlan = jax.tree.map(lambda x: vary_like(x, known), branch())
+        return made
 
     due = state.step % adaptation.replan_every == 0
     # Lists are made anew only where the plan hides what this call may show.
     branches = (chosen, functools.partial(reused, False), functools.partial(reused, True))
-    planned: TilePlan = lax.switch(
-        jnp.where(due, 0, 1 + kept_hides), [alike(branch) for branch in branches]
-    )
+    alikes = [functools.partial(alike, branch) for branch in branches]
+    planned: TilePlan = lax.switch(jnp.where(due, 0, 1 + kept_hides), alikes)
     return planned

@@ -241,7 +241,7 @@ def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
     if window is None:
         return (-1, -1)
     sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
-    if len(sides) != 2 or not all(_is_integer(side) for side in sides):
+    if len(sides) != 2 or not all(is_integer(side) for side in sides):
         raise TypeError(
             f"local_window_size: got {_describe(window)}, expected an int or a pair of ints"
         )
@@ -301,7 +301,8 @@ def _number(name: str, given: Any, otherwise: str) -> float:
     return value
 
 
-def _is_integer(x: Any) -> bool:
+def is_integer(x: Any) -> bool:
+    """Whether it is an integer of Python, of NumPy or the like; True, equal to 1, is none."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
