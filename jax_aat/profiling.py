@@ -69,7 +69,7 @@ class ProfiledCall:
       host_seconds: How long it took; under JAX's CPU platform it waits for the device.
       submitted: When the work was handed to the device, seconds since the profile began.
       start: Start of the first kernel, seconds since the profile began; NaN where the device has no
-        timestamps.
+        timestamps, or was lost before they were read.
       seconds: From there to the end of the last kernel.
       stream_seconds: Under JAX's CUDA platform: how long the call holds up XLA's stream, by CUDA's
         own events: the kernels, the hand-over to Vulkan and back, and copies. NaN: no such stream.

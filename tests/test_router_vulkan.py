@@ -19,8 +19,9 @@ matrices, which serve tiles of 64 and 128 rows where the device has them, round 
 SHARE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-3}
 """Share of the granules that may lie further apart: candidates change places where they tie, and
 where products of halves make them (an H200: 0.24% in the worst case here)."""
-TINY = 0x1F80
-"""Upper half of 2^-64: squares of probabilities that are smaller lose digits, then are 0."""
+TINY = 0x2B80
+"""Upper half of 2^-40, the square of a probability of 16 ulps of 1, which rounding of sums reaches:
+which of the granules below are candidates is its matter (1 of 10 cases of one shape)."""
 SCALE = 0.25
 
 
