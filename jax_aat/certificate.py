@@ -98,8 +98,9 @@ def group_statistics(
     return GroupStatistics(
         count=count,
         key_mean=key_mean,
-        key_low=k.min(-2),
-        key_high=k.max(-2),
+        # A mean that is rounded may lie outside of what it is the mean of.
+        key_low=k.min(-2, initial=0),
+        key_high=k.max(-2, initial=0),
         key_deviation=jnp.sqrt((k**2).sum(-2) / jnp.maximum(count, 1)[..., None]),
         key_radius=jnp.linalg.norm(k, axis=-1).max(-1),
         key_spread=spread(k),
