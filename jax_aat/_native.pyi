@@ -155,7 +155,7 @@ def scratch_bytes(
     query_tile: int = 0,
     level_count: int = 0,
     candidate_share: float = 0.0,
-    judged_super_tiles: int = 0,
+    judged_key_tiles: int = 0,
     corrects: bool = False,
 ) -> int:
     """Memory that a plain call takes besides operands and results.
@@ -169,7 +169,7 @@ def scratch_bytes(
       query_tile: Rows of a query tile of its plan, which the forward pass makes; 0: it has none.
       level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
       candidate_share: See there.
-      judged_super_tiles: See there.
+      judged_key_tiles: See there.
       corrects: See there.
     """
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import tiled_attention
-from jax_aat.hierarchy import judged_super_tiles
-from jax_aat.levels import SUPER_TILE, Grid
+from jax_aat.hierarchy import judged_key_tiles
+from jax_aat.levels import KEY_TILE, Grid
 from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import candidate_share, dense_flops, has_state, hidden_rows, planning_flops
@@ -170,7 +170,7 @@ class Sizes:
         if family == "cross_tile_router":
             assert self.adaptation is not None
             share = candidate_share(self.adaptation)
-            judged = judged_super_tiles(self._operands, grid, share) * SUPER_TILE
+            judged = judged_key_tiles(self._operands, grid, share) * KEY_TILE
             seen = np.arange(1, self.queries + 1) if self.causal else np.array([self.keys])
             return float(tiles * np.minimum(seen, min(self.keys, judged)).mean())
         if family in _BY_TILE_AND_GRANULE:
@@ -199,7 +199,7 @@ class Sizes:
                 "query_tile": self.adaptation.query_tile,
                 "level_count": len(self.adaptation.levels),
                 "candidate_share": share,
-                "judged_super_tiles": judged_super_tiles(self._operands, self._grid, share),
+                "judged_key_tiles": judged_key_tiles(self._operands, self._grid, share),
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }
         sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)

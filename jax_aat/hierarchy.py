@@ -1,6 +1,6 @@
-"""Routing of long sequences: super-tiles first, then the granules of the foremost of them.
+"""Routing of long sequences: key tiles first, then the granules of the foremost of them.
 
-A tile judges the granules of a bounded number of super-tiles, so that planning does not grow with
+A tile judges the granules of a bounded number of key tiles, so that planning does not grow with
 the square of the length. What lies in the others is never exact; its mass counts, as the mean and
 variance of their keys give it.
 """
@@ -10,12 +10,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_aat.boundary import Boundary
-from jax_aat.levels import SUPER_TILE, Grid
+from jax_aat.levels import GRANULE, KEY_TILE, Grid
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.scores import (
+    Elsewhere,
     Errors,
     log_sum,
     mean_queries,
@@ -26,21 +28,22 @@ from jax_aat.scores import (
 )
 from jax_aat.summaries import Keys, Queries
 
-JUDGED = 64
-"""Super-tiles of which a tile judges the granules; more where the budget asks for more."""
+JUDGED = 128
+"""Key tiles of which a tile judges the granules; more where the budget asks for more, and all of
+up to twice as many: to choose among these takes as long as it saves."""
 
 
-def judged_super_tiles(operands: Operands, grid: Grid, candidates: float) -> int:
-    """How many super-tiles a tile looks into; all, if a bias or a mask is given.
+def judged_key_tiles(operands: Operands, grid: Grid, candidates: float) -> int:
+    """How many key tiles a tile looks into; all of a short sequence or of one with bias or mask.
 
     Args:
       operands: Those of the call.
       grid: How the call is cut.
       candidates: Share of the granules that stage 2 is to look at.
     """
-    if Slot.BIAS in operands or Slot.MASK in operands:
-        return grid.super_tiles
-    return min(grid.super_tiles, max(JUDGED, math.ceil(candidates * grid.super_tiles)))
+    if Slot.BIAS in operands or Slot.MASK in operands or grid.key_tiles <= 2 * JUDGED:
+        return grid.key_tiles
+    return min(grid.key_tiles, max(JUDGED, math.ceil(candidates * grid.key_tiles)))
 
 
 def predict_foremost(
@@ -53,26 +56,28 @@ def predict_foremost(
     candidates: float,
     judged: int,
 ) -> Errors:
-    """`predict` where each tile looks into its `judged` foremost super-tiles.
+    """`predict` where each tile looks into its `judged` foremost key tiles.
 
     Granules elsewhere have no error and no importance: they are not worth a row of their own.
-    Arguments are those of `predict`, and the keys split by `Keys.by_list`.
+    Arguments are those of `predict`, and the keys split by `Keys.by_key_tile`.
     """
     index, outside = _foremost(queries, keys, boundary, options, grid, judged)
     batch, lists, tiles = index.shape[:3]
+    size = KEY_TILE // GRANULE
     part = dataclasses.replace(
         grid,
         queries=grid.positions,
-        keys=judged * SUPER_TILE,
+        keys=judged * KEY_TILE,
         heads=grid.tile_heads,
         kv_heads=1,
     )
     whole = Boundary(
         *(
-            grid.by_super_tile(jnp.broadcast_to(x, (batch, lists, tiles, grid.granules)))
+            grid.by_key_tile(jnp.broadcast_to(x, (batch, lists, tiles, grid.granules)))
             for x in (boundary.seen, boundary.whole, boundary.super_whole, boundary.full)
         )
     )
+    super_rows = np.repeat(np.arange(judged, dtype=np.int32), size)
 
     def of_tile(
         queries: Queries,
@@ -84,27 +89,32 @@ def predict_foremost(
         """One tile of one list: index [B, judged], all others without axes L, K and n."""
 
         def chosen(x: jax.Array) -> jax.Array:
-            """[B or 1, super-tiles, 64, ...] as [B, 1, judged * 64, ...]."""
+            """[B or 1, key tiles, 8, ...] as [B, 1, judged * 8, ...]."""
             x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
             x = jnp.take_along_axis(x, index.reshape(batch, judged, *(1,) * (x.ndim - 2)), axis=1)
             return x.reshape(batch, 1, -1, *x.shape[3:])
 
+        of_chosen = jax.tree.map(lambda x: chosen(x)[:, :, None], boundary)
+        seen_elsewhere = boundary.seen.sum((1, 2))[:, None, None, None]
+        seen_elsewhere -= of_chosen.seen.sum(-1, keepdims=True)
         found = predict(
             jax.tree.map(lambda x: x[:, None, None], queries),
             keys.gathered(chosen),
-            jax.tree.map(lambda x: chosen(x)[:, :, None], boundary),
+            of_chosen,
             {},
             options,
             part,
             jnp.zeros(1, jnp.int32),
             candidates,
-            outside[:, None, None],
+            Elsewhere(
+                outside[:, None, None], seen_elsewhere, grid.granules - part.granules, super_rows
+            ),
         )
         at = jnp.arange(batch)[:, None]
 
         def placed(x: jax.Array) -> jax.Array:
-            """[B, 1, 1, judged * 64] as [B, granules]."""
-            full = jnp.zeros((batch, grid.super_tiles, x.shape[-1] // judged))
+            """[B, 1, 1, judged * 8] as [B, granules]."""
+            full = jnp.zeros((batch, grid.key_tiles, size))
             full = full.at[at, index].set(x.reshape(batch, judged, -1))
             return full.reshape(batch, -1)[:, : grid.granules]
 
@@ -119,21 +129,21 @@ def predict_foremost(
 def _foremost(
     queries: Queries, keys: Keys, boundary: Boundary, options: Options, grid: Grid, judged: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The super-tiles that tiles look into, and the mass of the others.
+    """The key tiles that tiles look into, and the mass of the others.
 
     Returns:
       Indices [B, L, n, judged] in ascending order and the logarithm of the mass that each
       sub-query gives to what is seen elsewhere, [B, L, n, A].
     """
     mean, square, weight = mean_queries(queries)
-    logit, slope = scores(mean, keys.super_mean, grid, options)
-    spread = scores(square, keys.super_variance, grid)[0]
-    log_mass = logit + spread * slope / 2 + keys.super_log_count[:, None, None, None]
-    seen = grid.by_super_tile(boundary.seen).any(-1)
-    cut = grid.by_super_tile(boundary.seen & ~boundary.super_whole).any(-1)
+    logit, slope = scores(mean, keys.key_tile_mean, grid, options)
+    spread = scores(square, keys.key_tile_variance, grid)[0]
+    log_mass = logit + spread * slope / 2 + keys.key_tile_log_count[:, None, None, None]
+    seen = grid.by_key_tile(boundary.seen).any(-1)
+    cut = grid.by_key_tile(boundary.seen & ~boundary.whole).any(-1)
     log_mass = jnp.where(seen[..., None, :], log_mass, -jnp.inf)
     importance = over_queries(jnp.square(softmax(log_mass)), weight)
-    # What the boundary cuts has no mean row to fall back on.
+    # What the boundary cuts is exact.
     importance = jnp.where(cut, 2.0, jnp.where(seen, importance, -1.0))
     index = jnp.sort(lax.top_k(importance, judged)[1], axis=-1)
     kept = jnp.zeros(importance.shape, bool)

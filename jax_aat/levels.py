@@ -18,12 +18,14 @@ GRANULE = 16
 SUPER_TILE = 1024
 """Keys of a super-tile, the unit of the coarsest level and of the state."""
 KEY_TILE = 128
-"""Keys, or coarse rows, that share one transposed list."""
+"""Keys, or coarse rows, that share one transposed list; keys that a tile of a long sequence looks
+into together."""
 
 EXACT, MEAN, SUPER_MEAN, HIDDEN = range(4)
 
 _FIELDS = 16  # granules of a word
 _GRANULES_OF_SUPER_TILE = SUPER_TILE // GRANULE
+_GRANULES_OF_KEY_TILE = KEY_TILE // GRANULE
 
 
 def tile_heads_of(groups: int) -> int:
@@ -96,7 +98,7 @@ class Grid:
 
     @property
     def key_tiles(self) -> int:
-        """Transposed lists of tiles of keys; those of coarse rows follow."""
+        """Key tiles along the keys; each has a transposed list, and those of coarse rows follow."""
         return -(-self.keys // KEY_TILE)
 
     @property
@@ -115,12 +117,23 @@ class Grid:
         """Super-tile of each granule, [granules] int32."""
         return (np.arange(self.granules) // _GRANULES_OF_SUPER_TILE).astype(np.int32)
 
+    @property
+    def super_tile_of_key_tile(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Super-tile of each key tile, [key tiles] int32."""
+        return (np.arange(self.key_tiles) // (SUPER_TILE // KEY_TILE)).astype(np.int32)
+
     def by_super_tile(self, x: jax.Array) -> jax.Array:
         """Splits the last axis, along granules, into [super-tiles, 64], padded with 0."""
-        whole = self.super_tiles * _GRANULES_OF_SUPER_TILE
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, whole - x.shape[-1])])
-        shape = (*x.shape[:-1], self.super_tiles, _GRANULES_OF_SUPER_TILE)
-        return jnp.reshape(padded, shape)
+        return _split(x, self.super_tiles, _GRANULES_OF_SUPER_TILE)
+
+    def by_key_tile(self, x: jax.Array) -> jax.Array:
+        """Splits the last axis, along granules, into [key tiles, 8], padded with 0."""
+        return _split(x, self.key_tiles, _GRANULES_OF_KEY_TILE)
+
+
+def _split(x: jax.Array, parts: int, size: int) -> jax.Array:
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, parts * size - x.shape[-1])])
+    return jnp.reshape(padded, (*x.shape[:-1], parts, size))
 
 
 def pack_levels(levels: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ class Options:
       candidate_share: Likewise, the share of the granules that a tile sees that the router judges
         twice.
       floor_share: Likewise, the share of them that is exact for its importance.
-      judged_super_tiles: Likewise, how many super-tiles a tile looks into.
+      judged_key_tiles: Likewise, how many key tiles a tile looks into.
       corrects: Where a call with a plan makes its coarse rows, whether the state corrects them.
     """
 
@@ -157,7 +157,7 @@ class Options:
     level_count: int = 0
     candidate_share: float = 0.0
     floor_share: float = 0.0
-    judged_super_tiles: int = 0
+    judged_key_tiles: int = 0
     corrects: bool = False
 
 

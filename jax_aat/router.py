@@ -19,11 +19,12 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
-from jax_aat.hierarchy import judged_super_tiles, predict_foremost
+from jax_aat.hierarchy import judged_key_tiles, predict_foremost
 from jax_aat.levels import (
     EXACT,
     GRANULE,
     HIDDEN,
+    KEY_TILE,
     MEAN,
     SUPER_MEAN,
     SUPER_TILE,
@@ -175,8 +176,8 @@ def break_even(
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
     candidates = candidate_share(adaptation)
     most = math.ceil(floor_share(adaptation) * grid.granules)
-    judged = judged_super_tiles(operands, grid, candidates)
-    split = keys.by_list(grid) if judged < grid.super_tiles else None
+    judged = judged_key_tiles(operands, grid, candidates)
+    split = keys.by_key_tile(grid) if judged < grid.key_tiles else None
 
     def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
@@ -214,10 +215,10 @@ def break_even(
     shape = (counted(operands[Slot.Q].shape[0]), grid.lists, subqueries(grid)[0])
     # Stage 2 has 4 finer sub-queries for each one, and 4 parts of each granule.
     a_tile, chunk = math.ceil(math.prod(shape) * grid.granules * max(1, 16 * candidates)), _CHUNK
-    if judged < grid.super_tiles:
+    if judged < grid.key_tiles:
         # Summaries are copied for each tile.
         granule = operands[Slot.Q].shape[-1] * (2 + 2 * GRANULE // FINE)
-        a_tile = math.prod(shape[:2]) * judged * SUPER_TILE // GRANULE * granule
+        a_tile = math.prod(shape[:2]) * judged * KEY_TILE // GRANULE * granule
         chunk = _COPIES
     size = max(1, min(grid.tiles, chunk // a_tile))
     chunks = -(-grid.tiles // size)
@@ -428,11 +429,14 @@ def planning_flops(
     a_pair = GRANULE * grid.query_tile
     to_super = coarse * GRANULE / SUPER_TILE / 2
     candidates = candidate_share(adaptation)
-    stages = coarse + to_super + fine * (GRANULE // FINE) * candidates
+    finer = fine * (GRANULE // FINE)
     dense = dense_flops(operands, options, grid)
-    judged = judged_super_tiles(operands, grid, candidates)
-    if judged == grid.super_tiles:
-        return summaries + state + dense * (stages / a_pair)
+    judged = judged_key_tiles(operands, grid, candidates)
+    if judged == grid.key_tiles:
+        everywhere = coarse + to_super + finer * candidates
+        return summaries + state + dense * (everywhere / a_pair)
     seen = _visible_keys(operands, options, grid)
-    share = jnp.minimum(seen, judged * SUPER_TILE).sum(-1) / jnp.maximum(seen.sum(-1), 1)
-    return summaries + state + dense * ((stages * share + 2 * to_super) / a_pair)
+    share = jnp.minimum(seen, judged * KEY_TILE).sum(-1) / jnp.maximum(seen.sum(-1), 1)
+    to_key_tiles = coarse * GRANULE / KEY_TILE
+    stages = coarse * share + to_super + to_key_tiles + finer * jnp.minimum(candidates, share)
+    return summaries + state + dense * (stages / a_pair)

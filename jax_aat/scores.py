@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_aat.boundary import Boundary
@@ -40,6 +41,23 @@ class Errors:
     importance: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """What tiles see besides the granules that are judged, and where these lie.
+
+    Attributes:
+      log_mass: Logarithm of the mass of those others, [B, L, n, A].
+      seen: How many of them a tile sees, [B, L, n, 1].
+      granules: How many there are.
+      super_rows: Row of `Keys.super_mean` of each granule that is judged.
+    """
+
+    log_mass: jax.Array
+    seen: jax.Array
+    granules: int
+    super_rows: np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
 def predict(
     queries: Queries,
     keys: Keys,
@@ -49,7 +67,7 @@ def predict(
     grid: Grid,
     tiles: jax.Array,
     candidates: float,
-    outside: jax.Array | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Errors:
     """Predicts errors for some tiles.
 
@@ -62,11 +80,13 @@ def predict(
       grid: How the call is cut.
       tiles: Indices of the tiles, [n].
       candidates: Share of the granules that a tile sees that stage 2 looks at; 0: there is none.
-      outside: Logarithm of the mass of keys that are seen besides these, [B, L, n, A].
+      elsewhere: What they see besides these keys; None: nothing.
     """
     mean, square, weight = mean_queries(queries)
-    if outside is None:
-        outside = jnp.full(weight.shape, -jnp.inf)
+    if elsewhere is None:
+        none, nothing = jnp.full(weight.shape, -jnp.inf), jnp.zeros((), jnp.int32)
+        elsewhere = Elsewhere(none, nothing, 0, grid.super_tile_of)
+    outside = elsewhere.log_mass
     logit, slope = scores(mean, keys.mean, grid, options)
     variance = scores(square, keys.variance, grid)[0] * slope
     log_mass = logit + variance / 2 + keys.log_count[:, None, None, None]
@@ -78,16 +98,16 @@ def predict(
     importance = over_queries(squares, weight)
     if candidates:
         seen = boundary.seen.sum(-1, keepdims=True)
-        most = math.ceil(candidates * grid.granules)
+        most = math.ceil(candidates * (grid.granules + elsewhere.granules))
+        most = min(most, grid.granules)
         candidate = lax.top_k(jnp.where(boundary.seen, importance, -1.0), most)[1]
         # Those that a tile has fewer of point past the last granule.
-        candidate = jnp.where(
-            jnp.arange(most) < jnp.ceil(candidates * seen), candidate, grid.granules
-        )
+        wanted = jnp.minimum(jnp.ceil(candidates * (seen + elsewhere.seen)), seen)
+        candidate = jnp.where(jnp.arange(most) < wanted, candidate, grid.granules)
         squares = _refined(queries, keys, log_mass, bias, candidate, outside, options, grid)
         importance = over_queries(squares, weight)
 
-    to_super = scores(mean, keys.super_mean, grid, options)[0][..., grid.super_tile_of]
+    to_super = scores(mean, keys.super_mean, grid, options)[0][..., elsewhere.super_rows]
     spread = variance + jnp.square(logit - to_super)
     by_list = (x[:, :, None] for x in (keys.scatter, keys.apart, keys.size))
     scatter, apart, size = (jnp.repeat(x, grid.lists_per_kv_head, axis=1) for x in by_list)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_aat.levels import GRANULE, SUPER_TILE, Grid
+from jax_aat.levels import GRANULE, KEY_TILE, SUPER_TILE, Grid
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pyramid import Blocks
 
@@ -15,6 +15,8 @@ SUB_QUERY = 16
 """Positions of a sub-query in stage 1."""
 FINE = 4
 """Positions of a sub-query in stage 2, and keys of a part of a granule."""
+
+_COUNTS = ("log_count", "fine_log_count", "key_tile_log_count")
 
 
 @jax.tree_util.register_dataclass
@@ -83,8 +85,9 @@ class Keys:
       log_count: Logarithm of the number of keys, [B or 1, granules].
       fine_log_count: Of each 4 keys, [B or 1, granules, 4]; -inf where there are none.
       super_mean: Mean of the keys of super-tiles, [B, K, super-tiles, H].
-      super_variance: Of each component, likewise.
-      super_log_count: Logarithm of the number of keys, [B or 1, super-tiles].
+      key_tile_mean: Mean of the keys of key tiles, [B, K, key tiles, H].
+      key_tile_variance: Of each component, likewise.
+      key_tile_log_count: Logarithm of the number of keys, [B or 1, key tiles].
       scatter: Mean squared distance of values from their granule's mean, over their mean square.
       apart: Squared distance of a granule's mean value from its super-tile's, over the same.
       size: Mean squared value of a granule, over the same.
@@ -97,8 +100,9 @@ class Keys:
     log_count: jax.Array
     fine_log_count: jax.Array
     super_mean: jax.Array
-    super_variance: jax.Array
-    super_log_count: jax.Array
+    key_tile_mean: jax.Array
+    key_tile_variance: jax.Array
+    key_tile_log_count: jax.Array
     scatter: jax.Array
     apart: jax.Array
     size: jax.Array
@@ -109,7 +113,7 @@ class Keys:
         lengths = operands.get(Slot.KV_LENGTHS)
         k, v = (operands[slot].astype(jnp.float32) for slot in (Slot.K, Slot.V))
         granules, fine = Blocks.of(k, GRANULE, lengths), Blocks.of(k, FINE, lengths)
-        super_keys = Blocks.of(k, SUPER_TILE, lengths)
+        super_keys, key_tiles = (Blocks.of(k, size, lengths) for size in (SUPER_TILE, KEY_TILE))
         values, super_values = Blocks.of(v, GRANULE, lengths), Blocks.of(v, SUPER_TILE, lengths)
 
         def by_head(x: jax.Array) -> jax.Array:
@@ -134,44 +138,48 @@ class Keys:
             log_count=jnp.log(jnp.maximum(granules.count, 1)),
             fine_log_count=jnp.log(in_granules(fine.count)),
             super_mean=by_head(super_keys.mean),
-            super_variance=by_head(super_keys.variance),
-            super_log_count=jnp.log(jnp.maximum(super_keys.count, 1)),
+            key_tile_mean=by_head(key_tiles.mean),
+            key_tile_variance=by_head(key_tiles.variance),
+            key_tile_log_count=jnp.log(jnp.maximum(key_tiles.count, 1)),
             scatter=by_head(values.variance.sum(-1) / unit),
             apart=by_head(apart / unit),
             size=by_head(square / unit),
         )
 
-    def by_list(self, grid: Grid) -> "Keys":
-        """With granules split by super-tile, and an axis of lists [B, L, ...] for that of heads."""
-        counts = ("log_count", "fine_log_count", "super_log_count")
+    def by_key_tile(self, grid: Grid) -> "Keys":
+        """With granules split by key tile, and an axis of lists [B, L, ...] for that of heads.
+
+        Super-tiles, too, are by key tile then: each has those of its own.
+        """
 
         def split(name: str, x: jax.Array) -> jax.Array:
-            axis = 1 if name in counts else 2
-            if not name.startswith("super"):
-                missing = grid.super_tiles * (SUPER_TILE // GRANULE) - x.shape[axis]
+            axis = 1 if name in _COUNTS else 2
+            if name.startswith("super"):
+                x = x[:, :, grid.super_tile_of_key_tile]
+            elif not name.startswith("key_tile"):
+                missing = grid.key_tiles * (KEY_TILE // GRANULE) - x.shape[axis]
                 padding = [(0, 0)] * x.ndim
                 padding[axis] = (0, missing)
                 # Granules that do not exist have no key.
                 empty = -jnp.inf if name == "fine_log_count" else 0
                 x = jnp.pad(x, padding, constant_values=empty)
-                x = x.reshape(*x.shape[:axis], grid.super_tiles, -1, *x.shape[axis + 1 :])
-            if name in counts:
+                x = x.reshape(*x.shape[:axis], grid.key_tiles, -1, *x.shape[axis + 1 :])
+            if name in _COUNTS:
                 return jnp.broadcast_to(x[:, None], (x.shape[0], grid.lists, *x.shape[1:]))
             return jnp.repeat(x, grid.lists_per_kv_head, axis=1)
 
-        fields = {name: split(name, x) for name, x in vars(self).items()}
-        return Keys(**fields)
+        return Keys(**{name: split(name, x) for name, x in vars(self).items()})
 
     def gathered(self, chosen: Callable[[jax.Array], jax.Array]) -> "Keys":
-        """Some super-tiles of those of one list.
+        """Some key tiles of those of one list.
 
         Args:
-          chosen: Turns [B or 1, super-tiles, 64, ...] into [B, 1, some * 64, ...].
+          chosen: Turns [B or 1, key tiles, 8, ...] into [B, 1, some * 8, ...].
         """
 
         def of(name: str, x: jax.Array) -> jax.Array:
-            x = chosen(x[:, :, None] if name.startswith("super") else x)
-            return x[:, 0] if name.endswith("log_count") else x
+            x = chosen(x[:, :, None] if name.startswith(("super", "key_tile")) else x)
+            return x[:, 0] if name in _COUNTS else x
 
         return Keys(**{name: of(name, x) for name, x in vars(self).items()})
 

@@ -45,24 +45,33 @@ void add_products(inout float logit[SUBS], inout float variance[SUBS], uint plac
   }
 }
 
-void score_super_tiles(Tile tile) {
-  uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
-  for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += THREADS) {
-    uint super_tile = base + gl_LocalInvocationID.x;
+// Of super-tiles, or of key tiles, of so many granules.
+void score_parts(Tile tile, bool key_tiles, uint granules) {
+  uint end = divide_up(tile.end, granules);
+  for (uint base = tile.first / granules; base < end; base += THREADS) {
+    uint part = base + gl_LocalInvocationID.x;
     float logit[SUBS], variance[SUBS];
     [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) logit[sub] = variance[sub] = 0.0;
     for (uint first = 0; first < QUADS; first += SLICE) {
       uint quads = min(SLICE, QUADS - first);
       stage_sub_queries(slab.queries, 0, SUBS, first, first + quads);
-      if (super_tile >= end) continue;
-      add_products(logit, variance, super_place(super_tile, first), 2, FOREMOST != 0, quads);
+      if (part >= end) continue;
+      uint place = key_tiles ? key_tile_place(part, first) : super_place(part, first);
+      add_products(logit, variance, place, key_tiles ? 2 : 1, key_tiles, quads);
     }
-    if (super_tile >= end) continue;
-    for (uint sub = 0; sub < SUBS; ++sub) {
-      put_super_tile(super_tile * SUBS + sub, logit[sub], variance[sub]);
+    if (part >= end) continue;
+    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+      if (key_tiles) {
+        put_key_tile(part, sub, logit[sub], variance[sub]);
+      } else {
+        put_super_tile(part, sub, logit[sub]);
+      }
     }
   }
 }
+
+void score_super_tiles(Tile tile) { score_parts(tile, false, SUPER_TILE_GRANULES); }
+void score_key_tiles(Tile tile) { score_parts(tile, true, KEY_TILE_GRANULES); }
 
 void score_granules(Tile tile) {
   LogSum total[SUBS];

@@ -15,18 +15,17 @@ const uint PITCH = QUADS + 1;  // vectors from one staged row to the next: odd, 
 const uint FETCHES = 16 * QUADS / 32;
 const uint FINE_TILES = FINE_SUBS / 16;
 const uint SUB_ROWS = (SUBS + 7) / 8;  // that a lane holds elements of
-const bool AHEAD = HEAD_DIM <= 64;     // rows are fetched a step ahead: registers allow it
+const float LOG_GRANULE_ROWS = log(float(GRANULE_ROWS)), LOG_PART_ROWS = log(float(PART_ROWS));
 
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantQuads {
   uvec4 quad[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer SharedPairs {
-  uvec2 pair[];
-};
 
 shared uvec4 staged[SUBGROUPS * 16 * PITCH];
 
-HalfLeft factors[FINE_TILES][2][DIM_TILES];
+// Of 16 sub-queries at a time: with all of them, or with rows fetched a step ahead, too few workgroups
+// share a multiprocessor (an H100: 166 registers a thread, not 215, and 0.70 ms, not 0.75).
+HalfLeft factors[2][DIM_TILES];
 
 uint staged_start() { return gl_SubgroupID * 16 * PITCH; }
 uint fetched_row(uint n) { return (n * 32 + gl_SubgroupInvocationID) / QUADS; }
@@ -46,8 +45,8 @@ void put_sub_query(bool fine, uint sub, uint quad, vec4 mean, vec4 square) {
   halves.pair[place * 2 + QUADS + quad] = to_halves(square * VARIANCE_SCALE);
 }
 
-// Takes 16 sub-queries from row `first` on as tile t.
-void load_factors(uint t, uint first) {
+// Takes 16 sub-queries from row `first` on.
+void load_factors(uint first) {
   SharedQuads rows = SharedQuads(uvec2(slab.queries));
   sync_subgroup();
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
@@ -56,7 +55,7 @@ void load_factors(uint t, uint first) {
   sync_subgroup();
   [[unroll]] for (uint kind = 0; kind < 2; ++kind) {
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      coopMatLoad(factors[t][kind][d], staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH,
+      coopMatLoad(factors[kind][d], staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH,
                   ROW_MAJOR);
     }
   }
@@ -72,6 +71,11 @@ void fetch_rows(uvec4 place, out uvec4 fetched[FETCHES]) {
   }
 }
 
+// Rows of granules, from each of four on.
+void fetch_granules(uvec4 granule, out uvec4 fetched[FETCHES]) {
+  fetch_rows(granule_row_place(0) + granule * QUADS, fetched);
+}
+
 // 16 rows one after another.
 void fetch_neighbours(uint place, out uvec4 fetched[FETCHES]) {
   fetch_rows(place + uvec4(0, 4, 8, 12) * QUADS, fetched);
@@ -83,36 +87,43 @@ void stage_rows(uvec4 fetched[FETCHES]) {
   sync_subgroup();
 }
 
-// Of tile t and the staged rows: of the means, or of the variances.
-void multiply(uint t, uint kind, out float products[LANE_ELEMENTS]) {
+// Of these and the staged rows: of the means, or of the variances.
+void multiply(uint kind, out float products[LANE_ELEMENTS]) {
   Accumulator sum = Accumulator(0.0);
   [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
     HalfRight rows;
     coopMatLoad(rows, staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH, COLUMN_MAJOR);
-    sum = coopMatMulAdd(factors[t][kind][d], rows, sum);
+    sum = coopMatMulAdd(factors[kind][d], rows, sum);
   }
   [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) products[i] = sum[i];
 }
 
-void score_super_tiles(Tile tile) {
-  uint end = divide_up(tile.end, SUPER_TILE_GRANULES);
-  load_factors(0, 0);
-  for (uint base = tile.first / SUPER_TILE_GRANULES; base < end; base += 16 * SUBGROUPS) {
-    uint first = min(base + gl_SubgroupID * 16, super_tile_count() - 1);
+// Of super-tiles, or of key tiles, of so many granules.
+void score_parts(Tile tile, bool key_tiles, uint granules) {
+  uint end = divide_up(tile.end, granules);
+  load_factors(0);
+  for (uint base = tile.first / granules; base < end; base += 16 * SUBGROUPS) {
+    uint first = min(base + gl_SubgroupID * 16, end - 1);
     uvec4 fetched[FETCHES];
-    fetch_neighbours(super_row_place(first), fetched);
+    fetch_neighbours(key_tiles ? key_tile_row_place(first) : super_row_place(first), fetched);
     stage_rows(fetched);
     float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
-    multiply(0, 0, logit);
-    multiply(0, 1, variance);
+    multiply(0, logit);
+    if (key_tiles) multiply(1, variance);
     [[unroll]] for (uint i = 0; i < SUB_ROWS * LANE_COLUMNS; ++i) {
-      uint super_tile = first + element_column(i), sub = element_row(i);
-      if (super_tile < end && sub < SUBS) {
-        put_super_tile(super_tile * SUBS + sub, logit[i], variance[i]);
+      uint part = first + element_column(i), sub = element_row(i);
+      if (part >= end || sub >= SUBS) continue;
+      if (key_tiles) {
+        put_key_tile(part, sub, logit[i], variance[i]);
+      } else {
+        put_super_tile(part, sub, logit[i]);
       }
     }
   }
 }
+
+void score_super_tiles(Tile tile) { score_parts(tile, false, SUPER_TILE_GRANULES); }
+void score_key_tiles(Tile tile) { score_parts(tile, true, KEY_TILE_GRANULES); }
 
 // Of the rows that the lanes of all subgroups hold elements of.
 void join_lane_sums(LogSum own[SUB_ROWS]) {
@@ -138,36 +149,37 @@ void join_lane_sums(LogSum own[SUB_ROWS]) {
   barrier();
 }
 
-// Of the granule at a subgroup's first place; past the end that at `base`.
-uint first_granule(Tile tile, uint base) {
-  uint first = base + gl_SubgroupID * 16;
-  return granule_at(first < tile.end_place ? first : base);
+// The first of each four granules of a subgroup's 16 places; past the end those of the last place.
+uvec4 granules_from(Tile tile, uint base) {
+  uint first = base + gl_SubgroupID * 16, last = tile.end_place - 1;
+  uvec4 place = min(first + uvec4(0, 4, 8, 12), uvec4(last)) / 4 * 4;
+  if (FOREMOST == 0) return place;
+  uint near = granule_at(place.x), far = granule_at(place.z);
+  return uvec4(near, near + place.y - place.x, far, far + place.w - place.z);
 }
 
 void score_granules(Tile tile) {
-  load_factors(0, 0);
+  load_factors(0);
   LogSum total[SUB_ROWS];
   [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) total[h] = LogSum(-INFINITY, 0.0);
-  // All subgroups take as many steps: those past the end look at the first rows again, for nothing.
+  // All subgroups take as many steps: those past the end look at the last rows again, for nothing.
   uint base = tile.first_place / 16 * 16, step = 16 * SUBGROUPS;
-  uvec4 fetched[FETCHES];
-  if (AHEAD) fetch_neighbours(granule_row_place(first_granule(tile, base)), fetched);
   for (; base < tile.end_place; base += step) {
-    uint first = base + gl_SubgroupID * 16, granule = first_granule(tile, base);
-    if (!AHEAD) fetch_neighbours(granule_row_place(granule), fetched);
+    uint first = base + gl_SubgroupID * 16;
+    uvec4 granules = granules_from(tile, base), fetched[FETCHES];
+    fetch_granules(granules, fetched);
     stage_rows(fetched);
-    if (AHEAD && base + step < tile.end_place) {
-      fetch_neighbours(granule_row_place(first_granule(tile, base + step)), fetched);
-    }
     float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
-    multiply(0, 0, logit);
-    multiply(0, 1, variance);
+    multiply(0, logit);
+    multiply(1, variance);
+    bool all_whole = (max(granules.x, granules.z) + 8) * GRANULE_ROWS <= key_limit;
     [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
       uint place = first + lane_column(c);
       if (place < tile.first_place || place >= tile.end_place) continue;
       bool seen = is_seen(note_of(place));
-      uint row = (granule + lane_column(c)) * GRANULE_ROWS;
-      float count = max(log_count(row, GRANULE_ROWS), 0.0);
+      uint granule = (lane_column(c) < 8 ? granules.x : granules.z) + lane_column(c) % 8;
+      float count = LOG_GRANULE_ROWS;
+      if (!all_whole) count = max(log_count(granule * GRANULE_ROWS, GRANULE_ROWS), 0.0);
       [[unroll]] for (uint h = 0; h < SUB_ROWS; ++h) {
         uint sub = lane_row(h), i = h * LANE_COLUMNS + c;
         if (sub >= SUBS) continue;
@@ -194,56 +206,50 @@ void fetch_parts(uvec4 granule, out uvec4 fetched[FETCHES]) {
   fetch_rows(part_row_place(0, 0) + granule * (PARTS * QUADS), fetched);
 }
 
-void score_candidates(Tile tile, uint n) {
-  [[unroll]] for (uint t = 0; t < FINE_TILES; ++t) load_factors(t, 16 + t * 16);
+// By 16 finer sub-queries.
+void score_candidates_by(Tile tile, uint n, uint first_fine) {
+  load_factors(16 + first_fine);
   const uint step = 4 * SUBGROUPS;
-  uint first = gl_SubgroupID * 4;
-  uvec4 fetched[FETCHES];
-  uvec4 next = granules_at(candidates_from(tile, first, n)), after = uvec4(0);
-  if (AHEAD) {
-    fetch_parts(next, fetched);
-    after = candidates_from(tile, first + step, n);
-  }
-  for (uint base = 0; base < n; base += step, first += step) {
-    uvec4 granules = next;
-    if (!AHEAD) fetch_parts(granules, fetched);
+  for (uint base = 0; base < n; base += step) {
+    uint first = base + gl_SubgroupID * 4;
+    uvec4 granules = granules_at(candidates_from(tile, first, n)), fetched[FETCHES];
+    fetch_parts(granules, fetched);
     stage_rows(fetched);
-    if (base + step < n) {
-      // Where rows are fetched ahead, their places are known another step before.
-      next = granules_at(AHEAD ? after : candidates_from(tile, first + step, n));
-      if (AHEAD) {
-        fetch_parts(next, fetched);
-        after = candidates_from(tile, first + 2 * step, n);
-      }
-    }
+    uint last = max(max(granules.x, granules.y), max(granules.z, granules.w));
+    bool all_whole = (last + 1) * GRANULE_ROWS <= key_limit;
     // A lane holds two parts of a candidate in a row, its neighbour the other two.
     uint part = lane_column(0) % PARTS;
     bool low = lane_column(0) < PARTS;
-    [[unroll]] for (uint t = 0; t < FINE_TILES; ++t) {
-      float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
-      multiply(t, 0, logit);
-      multiply(t, 1, variance);
-      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
-        bool upper = i % LANE_COLUMNS != 0;
-        uint granule = low ? granules[upper ? 2 : 0] : granules[upper ? 3 : 1];
-        float mass[2];
-        [[unroll]] for (uint j = 0; j < 2; ++j) {
-          vec2 bent = capped(logit[i + j]);
-          mass[j] = fma(variance[i + j], bent.y / 2.0, bent.x) +
-                    log_count(granule * GRANULE_ROWS + (part + j) * PART_ROWS, PART_ROWS);
+    float logit[LANE_ELEMENTS], variance[LANE_ELEMENTS];
+    multiply(0, logit);
+    multiply(1, variance);
+    [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+      bool upper = i % LANE_COLUMNS != 0;
+      uint granule = low ? granules[upper ? 2 : 0] : granules[upper ? 3 : 1];
+      float mass[2];
+      [[unroll]] for (uint j = 0; j < 2; ++j) {
+        vec2 bent = capped(logit[i + j]);
+        float count = LOG_PART_ROWS;
+        if (!all_whole) {
+          count = log_count(granule * GRANULE_ROWS + (part + j) * PART_ROWS, PART_ROWS);
         }
-        float largest = max(mass[0], mass[1]);
-        largest = max(largest, subgroupShuffleXor(largest, 1));
-        float shift = shift_of(largest);
-        float sum = exp_of(mass[0] - shift) + exp_of(mass[1] - shift);
-        sum += subgroupShuffleXor(sum, 1);
-        uint candidate = first + (upper ? 2 : 0) + (low ? 0 : 1);
-        if (candidate < n && gl_SubgroupInvocationID % 2 == 0) {
-          store_fine(slab, candidate, t * 16 + element_row(i), shift + log_or_none(sum));
-        }
+        mass[j] = fma(variance[i + j], bent.y / 2.0, bent.x) + count;
+      }
+      float largest = max(mass[0], mass[1]);
+      largest = max(largest, subgroupShuffleXor(largest, 1));
+      float shift = shift_of(largest);
+      float sum = exp_of(mass[0] - shift) + exp_of(mass[1] - shift);
+      sum += subgroupShuffleXor(sum, 1);
+      uint candidate = first + (upper ? 2 : 0) + (low ? 0 : 1);
+      if (candidate < n && gl_SubgroupInvocationID % 2 == 0) {
+        store_fine(slab, candidate, first_fine + element_row(i), shift + log_or_none(sum));
       }
     }
   }
+}
+
+void score_candidates(Tile tile, uint n) {
+  for (uint t = 0; t < FINE_TILES; ++t) score_candidates_by(tile, n, t * 16);
 }
 
 void main() { route(); }

@@ -9,7 +9,6 @@
 #define STAGE_LIST 1
 
 #define PLAN_KEY_ROWS 128
-#define KEY_TILE_GRANULES (PLAN_KEY_ROWS / GRANULE_ROWS)
 #define EVEN_BITS 0x55555555u
 
 // Of the fields of a word those at a level, in their lower bits.

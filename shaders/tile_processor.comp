@@ -6,17 +6,8 @@
 layout(constant_id = 12) const uint HALVES = 0;  // keys are summarised for cooperative matrices
 
 shared vec2 row_sums[THREADS];
-shared vec4 super_keys[QUADS];
 shared vec4 super_values[QUADS];
 shared vec3 granule_values[SUPER_TILE_GRANULES];
-
-// Of two sets of so many rows together; spreads are sums.
-Moments joined(Moments a, float a_rows, Moments b, float b_rows) {
-  float share = b_rows / max(a_rows + b_rows, 1.0);
-  vec4 distance = b.mean - a.mean;
-  return Moments(fma(distance, vec4(share), a.mean),
-                 a.spread + b.spread + a_rows * share * distance * distance);
-}
 
 // Sums over the threads of a granule, given to the first of them.
 vec2 sum_row(vec2 own, uint quad) {
@@ -30,14 +21,14 @@ vec2 sum_row(vec2 own, uint quad) {
   return sum;
 }
 
-void store_row(Vectors summaries, uint place, uint quad, Moments keys) {
-  Pairs halves = Pairs(uvec2(summaries));
+void store_row(SharedVectors summaries, uint place, uint quad, Moments keys) {
+  SharedPairs halves = SharedPairs(uvec2(summaries));
   halves.pair[place * 2 + quad] = to_halves(keys.mean);
   halves.pair[place * 2 + QUADS + quad] = to_halves(keys.spread / VARIANCE_SCALE);
 }
 
 // Means and variances.
-void store_keys(Vectors summaries, uint granule, uint quad, Moments all, Moments parts[PARTS]) {
+void store_keys(SharedVectors summaries, uint granule, uint quad, Moments all, Moments parts[PARTS]) {
   if (HALVES != 0) {
     store_row(summaries, granule_row_place(granule), quad, all);
     [[unroll]] for (uint i = 0; i < PARTS; ++i) {
@@ -53,6 +44,42 @@ void store_keys(Vectors summaries, uint granule, uint quad, Moments all, Moments
   }
 }
 
+// Those of a granule, as they are stored.
+Moments stored_keys(SharedVectors summaries, uint granule, uint quad) {
+  if (HALVES != 0) {
+    SharedPairs halves = SharedPairs(uvec2(summaries));
+    uint place = granule_row_place(granule) * 2 + quad;
+    return Moments(from_halves(halves.pair[place]),
+                   from_halves(halves.pair[place + QUADS]) * VARIANCE_SCALE);
+  }
+  uint place = granule_place(granule, quad);
+  return Moments(summaries.vector[place], summaries.vector[place + 1]);
+}
+
+// From those of its granules.
+void store_key_tile(SharedVectors summaries, uint key_tile, uint quad) {
+  float share = 1.0 / float(max(rows_from(key_tile * PLAN_KEY_ROWS, PLAN_KEY_ROWS), 1));
+  Moments keys[KEY_TILE_GRANULES];
+  float shares[KEY_TILE_GRANULES];
+  Moments all = Moments(vec4(0), vec4(0));
+  [[unroll]] for (uint i = 0; i < KEY_TILE_GRANULES; ++i) {
+    uint granule = key_tile * KEY_TILE_GRANULES + i;
+    keys[i] = stored_keys(summaries, granule, quad);
+    shares[i] = float(rows_from(granule * GRANULE_ROWS, GRANULE_ROWS)) * share;
+    all.mean += shares[i] * keys[i].mean;
+  }
+  [[unroll]] for (uint i = 0; i < KEY_TILE_GRANULES; ++i) {
+    vec4 distance = keys[i].mean - all.mean;
+    all.spread += shares[i] * fma(distance, distance, keys[i].spread);
+  }
+  if (HALVES != 0) {
+    store_row(summaries, key_tile_row_place(key_tile), quad, all);
+    return;
+  }
+  summaries.vector[key_tile_place(key_tile, quad)] = all.mean;
+  summaries.vector[key_tile_place(key_tile, quad) + 1] = all.spread;
+}
+
 void main() {
   load_call();
   uint index = workgroup_index();
@@ -63,13 +90,11 @@ void main() {
   set_batch(entry);
   set_visibility(0);
   View keys = view_of(OPERAND_K, head, LOG2_BYTES), values = view_of(OPERAND_V, head, LOG2_BYTES);
-  Vectors summaries = Vectors(view_of(OPERAND_KEY_SUMMARIES, head, 2).base);
+  SharedVectors summaries = SharedVectors(view_of(OPERAND_KEY_SUMMARIES, head, 2).base);
   uint quad = gl_LocalInvocationID.x % QUADS, place = gl_LocalInvocationID.x / QUADS;
   uint first_granule = super_tile * SUPER_TILE_GRANULES;
 
-  Moments own_keys = Moments(vec4(0), vec4(0));
-  float own_rows = 0;
-  vec4 value_sum = vec4(0);
+  vec4 key_sum = vec4(0), value_sum = vec4(0);
   for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
     uint local = base + place, granule = first_granule + local;
     bool own = place < GRANULES_AT_ONCE && local < SUPER_TILE_GRANULES;
@@ -84,8 +109,7 @@ void main() {
       summaries.vector[value_mean_place(granule, quad)] = value.mean;
 
       Moments key = granule_moments(keys, granule, quad, parts);
-      own_keys = joined(own_keys, own_rows, key, count);
-      own_rows += count;
+      key_sum += key.mean * count;
       [[unroll]] for (uint i = 0; i < PARTS; ++i) {
         uint rows = rows_from(granule * GRANULE_ROWS + i * PART_ROWS, PART_ROWS);
         parts[i].spread /= float(max(rows, 1));
@@ -97,21 +121,18 @@ void main() {
   }
 
   uint rows = rows_from(super_tile * SUPER_TILE_ROWS, SUPER_TILE_ROWS);
-  vec4 key_mean = sum_columns(own_keys.mean * own_rows) / float(max(rows, 1));
+  vec4 key_mean = sum_columns(key_sum) / float(max(rows, 1));
   vec4 value_mean = sum_columns(value_sum) / float(max(rows, 1));
   if (gl_LocalInvocationID.x < QUADS) {
-    super_keys[quad] = key_mean;
     super_values[quad] = value_mean;
   }
   barrier();
-  vec4 apart = own_keys.mean - super_keys[quad];
-  vec4 key_variance = sum_columns(own_keys.spread + own_rows * apart * apart) / float(max(rows, 1));
   if (gl_LocalInvocationID.x < QUADS) {
     if (HALVES != 0) {
-      store_row(summaries, super_row_place(super_tile), quad, Moments(key_mean, key_variance));
+      SharedPairs(uvec2(summaries)).pair[super_row_place(super_tile) * 2 + quad] =
+          to_halves(key_mean);
     } else {
       summaries.vector[super_place(super_tile, quad)] = key_mean;
-      summaries.vector[super_place(super_tile, quad) + 1] = key_variance;
     }
   }
   for (uint base = 0; base < SUPER_TILE_GRANULES; base += GRANULES_AT_ONCE) {
@@ -129,7 +150,13 @@ void main() {
       summaries.vector[value_place(granule)] = vec4(granule_values[local], 0);
     }
   }
+  // The workgroup's granules are stored.
+  memoryBarrierBuffer();
   barrier();
+  const uint key_tiles = SUPER_TILE_GRANULES / KEY_TILE_GRANULES;
+  for (uint i = gl_LocalInvocationID.x; i < key_tiles * QUADS; i += THREADS) {
+    store_key_tile(summaries, super_tile * key_tiles + i / QUADS, i % QUADS);
+  }
   if (gl_LocalInvocationID.x == 0) {
     float total = 0;
     for (uint i = 0; i < SUPER_TILE_GRANULES; ++i) {

@@ -28,7 +28,7 @@ SEED = int(
 VALIDATED = (
     *("test_attention.py", "test_kernels.py", "test_plan_vulkan.py", "test_runtime.py"),
     *("test_profile.py", "test_router_vulkan.py::test_stages_and_levels"),
-    "test_router_vulkan.py::test_foremost_super_tiles",
+    "test_router_vulkan.py::test_foremost_key_tiles",
     "test_state_vulkan.py::test_gradients[causal]",
     "test_state_vulkan.py::test_gradients[lengths]",
 )

@@ -73,8 +73,13 @@ def test_levels_are_those_of_xla(rng, shape, adaptation, options):
             plan_tiles(q, k, v, adaptation, implementation="vulkan", **options)
         )
     assert any(name.startswith("cross_tile_router") for name in last_dispatch().kernels)
-    # The price that a budget finds may be the one above or below.
-    assert agreement(plan, expected) > (0.999 if adaptation.budget is None else 0.995)
+    # Candidates that tie change what their tile makes of all its granules, and the price that a
+    # budget finds may be the one above or below.
+    assert agreement(plan, expected) > 0.98
+    if adaptation.budget is None:
+        grid = plan.grid
+        ours, theirs = (unpack_levels(x.levels, grid.granules) for x in (plan, expected))
+        assert (ours == theirs).all(-1).mean() > 0.8
     np.testing.assert_allclose(plan.log_lambda, expected.log_lambda, atol=0.01)
     plan.validate()
 
@@ -181,8 +186,8 @@ def test_masks_and_biases_are_planned_by_xla(rng):
 
 
 def test_long_sequences_are_planned_by_shaders(rng, set_traced):
-    """Which look into the foremost super-tiles only, as jax.numpy does."""
-    set_traced(hierarchy, "JUDGED", 1)
+    """Which look into the foremost key tiles only, as jax.numpy does."""
+    set_traced(hierarchy, "JUDGED", 8)
     q, k, v = inputs(rng, 2100)
     adaptation = Adaptation(threshold=1e-4)
     expected = plan_tiles(q, k, v, adaptation, implementation="xla")

@@ -1,4 +1,4 @@
-"""Routing of long sequences: each tile looks into its foremost super-tiles only."""
+"""Routing of long sequences: each tile looks into its foremost key tiles only."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ CAUSAL = Options(HEAD_DIM**-0.5, causal=True)
 
 
 @pytest.fixture
-def two_judged(set_traced):
-    """As if a tile of so short a sequence looked into two of its four super-tiles."""
-    set_traced(hierarchy, "JUDGED", 2)
+def half_judged(set_traced):
+    """As if a tile of so short a sequence looked into 15 of its 32 key tiles."""
+    set_traced(hierarchy, "JUDGED", 15)
 
 
 def operands_of(rng, batch=1):
@@ -38,8 +38,8 @@ def test_tiles_that_see_no_more_are_routed_as_ever(rng, set_traced):
     operands = operands_of(rng, batch=2)
     operands[Slot.KV_LENGTHS] = jnp.array([LENGTH, 3000])
     expected = prices(operands)
-    set_traced(hierarchy, "JUDGED", 2)
-    early = 2 * 1024 // GRID.positions
+    set_traced(hierarchy, "JUDGED", 15)
+    early = 15 * 128 // GRID.positions
     for found, whole in zip(prices(operands), expected, strict=True):
         # The upper halves of float32 numbers: products of another shape round otherwise.
         apart = np.abs(found.astype(int) - whole)[:, :, :early]
@@ -47,18 +47,17 @@ def test_tiles_that_see_no_more_are_routed_as_ever(rng, set_traced):
         assert (found[:, :, early:] != whole[:, :, early:]).any()
 
 
-def test_looks_into_the_super_tile_that_is_asked_for(rng, two_judged):
+def test_looks_into_the_key_tiles_that_are_asked_for(rng, half_judged):
     operands = operands_of(rng)
     direction = np.eye(HEAD_DIM, dtype=np.float32)[0]
     k = 0.1 * operands[Slot.K] - 3 * direction
-    # The queries of the last 1,024 positions look for keys in the second super-tile.
+    # The queries of the last 1,024 positions look for keys in the second super-tile only.
     k = k.at[:, 1200:1264].add(6 * direction)
     q = 0.1 * operands[Slot.Q] + 6 * direction
     plan = plan_tiles(q, k, operands[Slot.V], ADAPTATION, is_causal=True).validate()
     level = np.asarray(unpack_levels(plan.levels, GRID.granules))[0, :, 3 * 1024 // 64 :]
     assert (level[:, :, 1200 // 16 : 1264 // 16] == EXACT).all()
-    assert (level[:, :, :64] == SUPER_MEAN).all()
-    assert (level[:, :, 128:192] == SUPER_MEAN).all()
+    assert (level[:, :, :192] == SUPER_MEAN).mean() > 0.6
     out = tiled_attention(
         q, k, operands[Slot.V], is_causal=True, adaptation=ADAPTATION, implementation="xla"
     )
@@ -69,15 +68,16 @@ def test_looks_into_the_super_tile_that_is_asked_for(rng, two_judged):
 
 def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
     operands = operands_of(rng)
+    stage_1 = Adaptation(budget=0.2, query_tile=128, stages=1, levels=(0, 1))
 
     def planning():
-        return float(jax.jit(lambda x: planning_flops(x, CAUSAL, GRID, ADAPTATION))(operands)[0])
+        return float(jax.jit(lambda x: planning_flops(x, CAUSAL, GRID, stage_1))(operands)[0])
 
     dense = planning()
-    set_traced(hierarchy, "JUDGED", 2)
+    set_traced(hierarchy, "JUDGED", 8)
     fewer = planning()
-    # Of the pairs of 4 super-tiles, queries judge 3/4: those of the last two, 2,048 keys each.
-    assert 0.5 * dense < fewer < 0.95 * dense
+    # Queries past the first 1,024 judge so many keys each, 7/16 of all pairs, and key tiles.
+    assert 0.4 * dense < fewer < 0.8 * dense
     q, k, v = (operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))
     _, report = jax.jit(
         lambda *x: tiled_attention(
@@ -93,14 +93,14 @@ def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
 
 
 @pytest.mark.parametrize("levels", [(0,), (0, 1)])
-def test_what_is_not_judged_is_never_exact(levels, rng, two_judged):
+def test_what_is_not_judged_is_never_exact(levels, rng, half_judged):
     operands = operands_of(rng)
     q, k, v = (operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))
     adaptation = Adaptation(budget=0.2, levels=levels)
     plan = plan_tiles(q, k, v, adaptation, is_causal=True).validate()
     level = np.asarray(unpack_levels(plan.levels, GRID.granules))
-    by_super = (level == EXACT).reshape(*level.shape[:3], 4, 64).any(-1)
-    assert by_super.sum(-1).max() == 2
+    by_key_tile = (level == EXACT).reshape(*level.shape[:3], 32, 8).any(-1)
+    assert 8 < by_key_tile.sum(-1).max() <= 15
     seen = np.arange(GRID.granules) * 16 < (np.arange(GRID.tiles)[:, None] + 1) * GRID.positions
     shown = (level != HIDDEN).any((0, 1))
     assert not shown[~seen].any()

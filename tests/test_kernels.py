@@ -49,7 +49,7 @@ def call(direction, problem, operands=None, results=None):
         level_count=np.uint32(0),
         candidate_share=np.float32(0),
         floor_share=np.float32(0),
-        judged_super_tiles=np.uint32(0),
+        judged_key_tiles=np.uint32(0),
         corrects=np.uint32(0),
     )
     outs = dict(zip(wanted, (np.asarray(x) for x in outs), strict=True))

@@ -27,7 +27,7 @@ ATTRIBUTES = {
     "level_count": np.uint32(0),
     "candidate_share": np.float32(0),
     "floor_share": np.float32(0),
-    "judged_super_tiles": np.uint32(0),
+    "judged_key_tiles": np.uint32(0),
     "corrects": np.uint32(0),
 }
 

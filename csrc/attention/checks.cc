@@ -30,11 +30,11 @@ void CheckPlanning(const AttentionProblem& problem) {
   CheckIndex(std::uint64_t{params.plan_tiles} * Granules(params), "prices");
   Require(params.level_count >= 1 && params.level_count <= 3,
           "a plan has 1 to 3 levels; got " + std::to_string(params.level_count));
-  const std::uint32_t super_tiles = params.coarse_rows - Granules(params);
+  const std::uint32_t key_tiles = KeyTiles(params);
   Require((problem.features & FEATURE_PRICES) ||
-              (params.judged_super_tiles >= 1 && params.judged_super_tiles <= super_tiles),
-          "a tile looks into 1 to all of the " + std::to_string(super_tiles) +
-              " super-tiles; got " + std::to_string(params.judged_super_tiles));
+              (params.judged_key_tiles >= 1 && params.judged_key_tiles <= key_tiles),
+          "a tile looks into 1 to all of the " + std::to_string(key_tiles) + " key tiles; got " +
+              std::to_string(params.judged_key_tiles));
   Require(!(problem.features & (FEATURE_MASK | FEATURE_BIAS)),
           "plans for a mask or a bias are not made by shaders: use implementation='xla'");
 }

@@ -48,8 +48,12 @@ std::uint32_t LevelWords(const AttentionParams& params) {
   return DivideUp(Granules(params), kLevelGranules);
 }
 
+std::uint32_t KeyTiles(const AttentionParams& params) {
+  return DivideUp(params.keys, kKeyTileRows);
+}
+
 std::uint32_t KeyListTiles(const AttentionParams& params) {
-  return DivideUp(params.keys, kKeyTileRows) + DivideUp(params.coarse_rows, kKeyTileRows);
+  return KeyTiles(params) + DivideUp(params.coarse_rows, kKeyTileRows);
 }
 
 std::uint32_t CoarseListParts(const AttentionParams& params) {

@@ -14,6 +14,9 @@ void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32
 // Granules along the keys.
 std::uint32_t Granules(const AttentionParams& params);
 
+// Tiles of keys along them, of which each has a transposed list.
+std::uint32_t KeyTiles(const AttentionParams& params);
+
 // Words of the levels map of one query tile.
 std::uint32_t LevelWords(const AttentionParams& params);
 

@@ -20,6 +20,7 @@ constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kSubQueryPositions = 16;
 constexpr std::uint32_t kFinePositions = 4;
 constexpr std::uint64_t kSuperTileGranules = 64;
+constexpr std::uint64_t kKeyTileGranules = 8;
 // Workgroups of the router, each of which takes many tiles: scratch is not to grow with their
 // number.
 constexpr std::uint64_t kMostSlabs = 1024;
@@ -162,37 +163,43 @@ class TilePlanner {
     return 1;
   }
 
-  // Of the granules that a tile looks into, or of super-tiles.
+  // Of the granules that a tile looks into.
+  std::uint64_t Places() const { return params_.judged_key_tiles * kKeyTileGranules; }
+  // Of these, or of key tiles.
   std::uint64_t Notes() const {
-    const std::uint64_t places = params_.judged_super_tiles * kSuperTileGranules;
-    return IsForemost() ? std::max(places, SuperTiles()) : places;
+    return IsForemost() ? std::max<std::uint64_t>(Places(), KeyTiles(params_)) : Places();
   }
 
   std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
-  // Whether tiles look into some super-tiles only.
-  bool IsForemost() const { return params_.judged_super_tiles < SuperTiles(); }
+  // Whether tiles look into some key tiles only.
+  bool IsForemost() const { return params_.judged_key_tiles < KeyTiles(params_); }
 
   // Of one batch entry and key/value head (shaders/common/summaries.glsl).
   std::uint64_t SummaryFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
-    return 4 * (granules * (11 * quads + 1) + (2 * SuperTiles() + 15) * quads + SuperTiles());
+    const std::uint64_t key_tiles = granules / kKeyTileGranules;
+    return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles() +
+                (2 * key_tiles + 15) * quads);
   }
 
   // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).
   std::uint64_t SlabFloats(bool notes_are_shared) const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
-    const std::uint64_t places = params_.judged_super_tiles * kSuperTileGranules;
     const std::uint64_t sub_positions = std::min(params_.plan_positions, kSubQueryPositions);
     const std::uint64_t subs = params_.plan_positions / sub_positions * TileHeads(params_);
     const std::uint64_t fine_subs =
         subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions));
-    const double candidates = std::ceil(params_.candidate_share * places) + 1;
-    const std::uint64_t super_floats = SuperTiles() * (IsForemost() ? 2 * subs + 2 : subs);
+    const double wanted = std::ceil(params_.candidate_share * Granules(params_));
+    const std::uint64_t candidates =
+        std::min<std::uint64_t>(static_cast<std::uint64_t>(wanted), Places()) + 1;
+    const std::uint64_t quads_of_subs = DivideUp(subs, 4);
+    const std::uint64_t of_key_tiles =
+        IsForemost() ? KeyTiles(params_) * (4 * quads_of_subs + 2) : 0;
     const std::uint64_t notes = notes_are_shared ? 0 : Notes();
     const std::uint64_t floats = (subs + fine_subs) * quads * 8 +
-                                 places * (8 * DivideUp(subs, 4) + 1) + notes + super_floats +
-                                 static_cast<std::uint64_t>(candidates) * fine_subs;
+                                 Places() * (8 * quads_of_subs + 1) + notes + of_key_tiles +
+                                 SuperTiles() * subs + candidates * fine_subs;
     return DivideUp(floats, kSlabAlignment) * kSlabAlignment;
   }
 

@@ -390,7 +390,7 @@ class CallBuilder {
     params().level_count = attributes_.level_count;
     params().candidate_share = attributes_.candidate_share;
     params().floor_share = attributes_.floor_share;
-    params().judged_super_tiles = attributes_.judged_super_tiles;
+    params().judged_key_tiles = attributes_.judged_key_tiles;
     SetFeature(FEATURE_PRICES, Has(OPERAND_PRICES) && !call_.buffers[OPERAND_PRICES].result);
     SetFeature(FEATURE_SPARE_ROWS, Has(OPERAND_SPARE_ROWS));
     SetFeature(FEATURE_PREVIOUS_LEVELS, Has(OPERAND_PREVIOUS_LEVELS));

@@ -22,7 +22,7 @@ struct CallAttributes {
   std::uint32_t level_count = 0;
   float candidate_share = 0;
   float floor_share = 0;
-  std::uint32_t judged_super_tiles = 0;
+  std::uint32_t judged_key_tiles = 0;
   std::uint32_t corrects = 0;  // whether the state corrects coarse rows that the call makes
 };
 

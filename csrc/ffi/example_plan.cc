@@ -62,7 +62,7 @@ DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits) {
     SetPlanShape(params, call.query_tile, 0, 0);
     params.level_count = call.level_count;
     params.candidate_share = call.candidate_share;
-    params.judged_super_tiles = call.judged_super_tiles;
+    params.judged_key_tiles = call.judged_key_tiles;
     set(FEATURE_PLAN | FEATURE_MAKES_MEANS);
     if (call.corrects) set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS);
     if (problem.pass == Pass::kForward) set(FEATURE_MAKES_LISTS | FEATURE_SPARE_ROWS);

@@ -24,7 +24,7 @@ struct ExampleCall {
   std::uint32_t query_tile = 0;
   std::uint32_t level_count = 0;
   float candidate_share = 0;
-  std::uint32_t judged_super_tiles = 0;
+  std::uint32_t judged_key_tiles = 0;
   bool corrects = false;
 };
 

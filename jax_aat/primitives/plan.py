@@ -15,7 +15,7 @@ from jax.interpreters import ad
 from jax_aat import corrected, router
 from jax_aat.adaptation import Adaptation
 from jax_aat.boundary import boundary
-from jax_aat.hierarchy import judged_super_tiles
+from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import Grid
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
@@ -117,7 +117,7 @@ def _bind(
         level_count=len(adaptation.levels),
         candidate_share=candidates,
         floor_share=router.floor_share(adaptation),
-        judged_super_tiles=judged_super_tiles(operands, _grid(operands, options), candidates),
+        judged_key_tiles=judged_key_tiles(operands, _grid(operands, options), candidates),
     )
     return rules.bind(
         primitive,

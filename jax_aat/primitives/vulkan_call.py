@@ -49,7 +49,7 @@ def vulkan_call(
         level_count=np.uint32(options.level_count),
         candidate_share=np.float32(options.candidate_share),
         floor_share=np.float32(options.floor_share),
-        judged_super_tiles=np.uint32(options.judged_super_tiles),
+        judged_key_tiles=np.uint32(options.judged_key_tiles),
         corrects=np.uint32(options.corrects),
     )
     by_slot = dict(zip(wanted, values, strict=True))

@@ -3,8 +3,6 @@
 #include "common/elementary.glsl"
 #include "common/levels.glsl"
 
-#define PLAN_KEY_ROWS 128
-
 // Keys, or coarse rows, that tiles are cut from.
 uint tile_row_end() { return has(FEATURE_COARSE_TILE) ? PARAMS.coarse_rows : PARAMS.keys; }
 

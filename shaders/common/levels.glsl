@@ -7,6 +7,8 @@
 #define LEVEL_SUPER_MEAN 2
 #define LEVEL_GRANULES 16      // of a word of the map
 #define SUPER_TILE_GRANULES 64
+#define PLAN_KEY_ROWS 128  // of a key tile: those of a transposed list
+#define KEY_TILE_GRANULES (PLAN_KEY_ROWS / GRANULE_ROWS)
 
 #define COARSE_ROW_BITS 20  // of an entry; above lies the number of keys less one
 

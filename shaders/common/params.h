@@ -143,7 +143,7 @@ struct AttentionParams {
   uint level_count;       // levels in use: 1: exact or hidden, 2: means of granules, 3: of super-tiles
   float candidate_share;  // of the granules that a tile sees, those that the router judges twice
   float floor_share;      // those that are exact for their importance
-  uint judged_super_tiles;  // that a tile looks into: all, or the foremost
+  uint judged_key_tiles;  // that a tile looks into: all, or the foremost
   OperandLayout operand[OPERAND_COUNT];
 };
 

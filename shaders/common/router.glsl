@@ -65,14 +65,14 @@ void score_candidates(Tile tile, uint n);
 
 uint granule_at(uint place) {
   if (FOREMOST == 0) return place;
-  return slab.looked_into.value[place / SUPER_TILE_GRANULES] * SUPER_TILE_GRANULES +
-         place % SUPER_TILE_GRANULES;
+  return slab.looked_into.value[place / KEY_TILE_GRANULES] * KEY_TILE_GRANULES +
+         place % KEY_TILE_GRANULES;
 }
 
 // Of a place of the tile.
 Boundary boundary_at(Tile tile, uint place) {
   uint granule = granule_at(place);
-  // Super-tiles that are looked into reach further than what the tile sees.
+  // Key tiles that are looked into reach further than what the tile sees.
   if (FOREMOST != 0 && (granule < tile.first || granule >= tile.end)) {
     return Boundary(false, false, false, false);
   }
@@ -110,20 +110,33 @@ float put_granule(uint place, uint sub, uint super_tile, bool seen, float log_co
   return mass;
 }
 
+// Mean squared probability by masses of stage 1.
+float importance_of(vec4 mass[SUB_QUADS]) {
+  float importance = 0.0;
+  [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+    float share = exp_of(mass[sub / 4][sub % 4] - shift_of(sub_log_sum[sub]));
+    importance = fma(share * share, sub_weight[sub], importance);
+  }
+  return importance;
+}
+
+// Places whose masses a thread reads before it uses the first: reads wait long for each other.
+const uint AT_ONCE = SUB_QUADS <= 2 ? 4 : 1;
+
 // Mean squared probabilities after stage 1.
 void judge_granules(Tile tile) {
-  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
-       place += THREADS) {
-    uint note = note_of(place);
-    if (!is_seen(note)) continue;
-    vec4 mass[SUB_QUADS];
-    load_masses(slab, place, mass);
-    float importance = 0.0;
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-      float share = exp_of(mass[sub / 4][sub % 4] - shift_of(sub_log_sum[sub]));
-      importance = fma(share * share, sub_weight[sub], importance);
+  for (uint first = tile.first_place + gl_LocalInvocationID.x; first < tile.end_place;
+       first += THREADS * AT_ONCE) {
+    vec4 mass[AT_ONCE][SUB_QUADS];
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      load_masses(slab, min(first + j * THREADS, tile.end_place - 1), mass[j]);
     }
-    set_note(place, with_importance(note, importance));
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      uint place = first + j * THREADS;
+      if (place >= tile.end_place) break;
+      uint note = note_of(place);
+      if (is_seen(note)) set_note(place, with_importance(note, importance_of(mass[j])));
+    }
   }
 }
 
@@ -175,13 +188,21 @@ void sum_candidates(uint n) {
 void refine(Tile tile, uint n) {
   LogSum rest[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) rest[sub] = LogSum(-INFINITY, 0.0);
-  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
-       place += THREADS) {
-    uint note = note_of(place);
-    if (is_chosen(note) || !is_seen(note)) continue;
-    vec4 mass[SUB_QUADS];
-    load_masses(slab, place, mass);
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) add_term(rest[sub], mass[sub / 4][sub % 4]);
+  for (uint first = tile.first_place + gl_LocalInvocationID.x; first < tile.end_place;
+       first += THREADS * AT_ONCE) {
+    vec4 mass[AT_ONCE][SUB_QUADS];
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      load_masses(slab, min(first + j * THREADS, tile.end_place - 1), mass[j]);
+    }
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      uint place = first + j * THREADS;
+      if (place >= tile.end_place) break;
+      uint note = note_of(place);
+      if (is_chosen(note) || !is_seen(note)) continue;
+      [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+        add_term(rest[sub], mass[j][sub / 4][sub % 4]);
+      }
+    }
   }
   join_log_sums(rest);
   sum_candidates(n);
@@ -194,17 +215,27 @@ void refine(Tile tile, uint n) {
     sub_log_sum[sub] = least - log_of(max(mean, 1e-30)) / 2.0;
   }
   barrier();
-  for (uint i = gl_LocalInvocationID.x; i < n * SUBS; i += THREADS) {
-    uint first = i * FINES, sub = i % SUBS;
-    vec4 mass = slab.fine.vector[first / 4];
-    uint place = slab.candidates.value[i / SUBS];
-    float square = 0.0;
-    [[unroll]] for (uint j = 0; j < FINES; ++j) {
-      uint fine = sub * FINES + j;
-      float share = exp_of(2.0 * (mass[(first + j) % 4] - fine_log_sum[fine]));
-      square = fma(fine_part[fine], share, square);
+  const uint ahead = 4;
+  for (uint first = gl_LocalInvocationID.x; first < n * SUBS; first += THREADS * ahead) {
+    vec4 mass[ahead];
+    uint place[ahead];
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      uint i = min(first + j * THREADS, n * SUBS - 1);
+      mass[j] = slab.fine.vector[i * FINES / 4];
+      place[j] = slab.candidates.value[i / SUBS];
     }
-    store_mass(slab, place, sub, sub_log_sum[sub] + log_or_none(square) / 2.0);
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      uint i = first + j * THREADS;
+      if (i >= n * SUBS) break;
+      uint sub = i % SUBS;
+      float square = 0.0;
+      [[unroll]] for (uint f = 0; f < FINES; ++f) {
+        uint fine = sub * FINES + f;
+        float share = exp_of(2.0 * (mass[j][(i * FINES + f) % 4] - fine_log_sum[fine]));
+        square = fma(fine_part[fine], share, square);
+      }
+      store_mass(slab, place[j], sub, sub_log_sum[sub] + log_or_none(square) / 2.0);
+    }
   }
 }
 
@@ -237,32 +268,42 @@ uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
 
 // Writes what errors say, and notes the importance of granules as stage 2 sees it.
 void write_prices(Tile tile, uvec2 prices) {
+  const uint ahead = SUB_QUADS <= 2 ? 2 : 1;
   float unit = value_unit();
-  for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
-       place += THREADS) {
-    uint granule = granule_at(place), note = note_of(place);
-    uvec2 price = uvec2(0);
-    if (is_seen(note)) {
-      vec4 mass[SUB_QUADS];
-      uvec4 variances[SUB_QUADS];
-      load_masses(slab, place, mass);
-      if (LEVELS > 1) load_variances(slab, place, variances);
-      vec4 value = summaries.vector[value_place(granule)];
-      float importance = 0.0;
-      vec2 errors = vec2(0);
-      [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
-        float share = exp_of(2.0 * (mass[sub / 4][sub % 4] - shift_of(sub_log_sum[sub])));
-        share *= sub_weight[sub];
-        importance += share;
-        if (LEVELS > 1) {
-          errors = fma(vec2(share), unpack_variances(variances[sub / 4][sub % 4]), errors);
-        }
-      }
-      set_note(place, with_importance(note, importance));
-      price = prices_of(importance, errors, value / unit, note);
-      if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
+  for (uint first = tile.first_place + gl_LocalInvocationID.x; first < tile.end_place;
+       first += THREADS * ahead) {
+    vec4 mass[ahead][SUB_QUADS], value[ahead];
+    uvec4 variances[ahead][SUB_QUADS];
+    uint granule[ahead];
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      uint place = min(first + j * THREADS, tile.end_place - 1);
+      granule[j] = granule_at(place);
+      load_masses(slab, place, mass[j]);
+      if (LEVELS > 1) load_variances(slab, place, variances[j]);
+      value[j] = summaries.vector[value_place(granule[j])];
     }
-    if (granule < granule_count()) Words(prices).word[granule] = price.x << 16 | price.y;
+    [[unroll]] for (uint j = 0; j < ahead; ++j) {
+      uint place = first + j * THREADS;
+      if (place >= tile.end_place) break;
+      uint note = note_of(place);
+      uvec2 price = uvec2(0);
+      if (is_seen(note)) {
+        float importance = 0.0;
+        vec2 errors = vec2(0);
+        [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+          float share = exp_of(2.0 * (mass[j][sub / 4][sub % 4] - shift_of(sub_log_sum[sub])));
+          share *= sub_weight[sub];
+          importance += share;
+          if (LEVELS > 1) {
+            errors = fma(vec2(share), unpack_variances(variances[j][sub / 4][sub % 4]), errors);
+          }
+        }
+        set_note(place, with_importance(note, importance));
+        price = prices_of(importance, errors, value[j] / unit, note);
+        if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
+      }
+      if (granule[j] < granule_count()) Words(prices).word[granule[j]] = price.x << 16 | price.y;
+    }
   }
 }
 
@@ -317,10 +358,9 @@ void price_tile(Tile tile) {
   weigh_sub_queries(tile.number);
   sync_slab();
   uint seen = 0, seen_anywhere = 0;
-  if (FOREMOST != 0 || LEVELS > 2) {
-    score_super_tiles(tile);
-    sync_slab();
-  }
+  if (LEVELS > 2) score_super_tiles(tile);
+  if (FOREMOST != 0) score_key_tiles(tile);
+  if (FOREMOST != 0 || LEVELS > 2) sync_slab();
   if (FOREMOST != 0) seen_anywhere = look_into_foremost(tile);
   seen = mark_granules(tile);
   if (FOREMOST == 0) seen_anywhere = seen;
@@ -330,7 +370,7 @@ void price_tile(Tile tile) {
     judge_granules(tile);
     if (STAGES > 1) {
       sync_slab();
-      uint n = uint(ceil(PARAMS.candidate_share * float(seen)));
+      uint n = min(uint(ceil(PARAMS.candidate_share * float(seen_anywhere))), seen);
       choose(tile.first_place, tile.end_place, n, slab.candidates);
       sync_slab();
       score_candidates(tile, n);

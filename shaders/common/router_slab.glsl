@@ -21,19 +21,23 @@ struct Slab {
   SharedVectors fine;      // [candidate][finer sub-query / 4], see stage 2
   SharedWords candidates;  // their places, ascending
   SharedWords notes;       // see common/ranking.glsl
-  // Of super-tiles:
-  SharedFloats super_logits;  // [super-tile][sub-query]
-  // Where tiles look into the foremost:
-  SharedFloats super_mass;   // likewise, logarithms
-  SharedWords looked_into;   // the foremost, ascending
-  SharedWords is_looked_into;  // by super-tile
+  SharedFloats super_logits;  // of super-tiles: [super-tile][sub-query]
+  // Of key tiles, where tiles look into the foremost:
+  SharedVectors key_tile_mass;  // [key tile][sub-query / 4], logarithms
+  SharedWords looked_into;      // the foremost, ascending
+  SharedWords is_looked_into;   // by key tile
 };
 
 uvec2 offset_by(uvec2 address, uint floats) { return add_wide(address, multiply_wide(floats, 4)); }
 
 // Of granules that something can be noted of at once.
-uint place_count() { return PARAMS.judged_super_tiles * SUPER_TILE_GRANULES; }
-uint note_count() { return FOREMOST != 0 ? max(place_count(), super_tile_count()) : place_count(); }
+uint place_count() { return PARAMS.judged_key_tiles * KEY_TILE_GRANULES; }
+uint note_count() { return FOREMOST != 0 ? max(place_count(), key_tile_count()) : place_count(); }
+// That stage 2 looks at, at most.
+uint candidate_count() {
+  uint wanted = uint(ceil(PARAMS.candidate_share * float(granule_count())));
+  return min(wanted, place_count());
+}
 
 Slab slab_of(uint workgroup) {
   uvec2 at = view_of(OPERAND_ROUTER_SCRATCH, workgroup, 2).base;
@@ -45,19 +49,22 @@ Slab slab_of(uint workgroup) {
   slab.variances = SharedQuads(at);
   at = offset_by(at, place_count() * SUB_QUADS * 4);
   slab.fine = SharedVectors(at);
-  at = offset_by(at, uint(ceil(PARAMS.candidate_share * float(place_count()))) * FINE_SUBS);
+  at = offset_by(at, candidate_count() * FINE_SUBS);
+  if (FOREMOST != 0) {
+    slab.key_tile_mass = SharedVectors(at);
+    at = offset_by(at, key_tile_count() * SUB_QUADS * 4);
+  }
   slab.candidates = SharedWords(at);
   at = offset_by(at, place_count());
   slab.notes = SharedWords(at);
   if (SHARED_NOTES == 1) at = offset_by(at, note_count());
+  if (FOREMOST != 0) {
+    slab.looked_into = SharedWords(at);
+    at = offset_by(at, key_tile_count());
+    slab.is_looked_into = SharedWords(at);
+    at = offset_by(at, key_tile_count());
+  }
   slab.super_logits = SharedFloats(at);
-  at = offset_by(at, SUBS * super_tile_count());
-  if (FOREMOST == 0) return slab;
-  slab.super_mass = SharedFloats(at);
-  at = offset_by(at, SUBS * super_tile_count());
-  slab.looked_into = SharedWords(at);
-  at = offset_by(at, super_tile_count());
-  slab.is_looked_into = SharedWords(at);
   return slab;
 }
 

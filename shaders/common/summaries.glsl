@@ -14,8 +14,13 @@ layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer Co
 layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedVectors {
   vec4 vector[];
 };
+layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer SharedPairs {
+  uvec2 pair[];
+};
+
 
 uint super_tile_count() { return divide_up(PARAMS.keys, SUPER_TILE_ROWS); }
+uint key_tile_count() { return divide_up(PARAMS.keys, PLAN_KEY_ROWS); }
 
 // Granules with those past the end of the last super-tile.
 uint padded_granules() { return super_tile_count() * SUPER_TILE_GRANULES; }
@@ -43,24 +48,30 @@ uint value_place(uint granule) {
   return padded_granules() * QUADS * (3 + 2 * PARTS) + granule;
 }
 
-// Mean and variance of a super-tile's keys.
+// Mean of a super-tile's keys.
 uint super_place(uint super_tile, uint quad) {
-  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + (super_tile * QUADS + quad) * 2;
+  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile * QUADS + quad;
 }
 
 // Sum of the squares of a super-tile's values.
 uint value_total_place(uint super_tile) {
-  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) +
-         (2 * super_tile_count() + 15) * QUADS + super_tile;
+  return super_place(super_tile_count(), 0) + 15 * QUADS + super_tile;
+}
+
+// Mean and variance of a key tile's keys, of those past the end of the last super-tile, too.
+uint key_tile_place(uint key_tile, uint quad) {
+  return value_total_place(super_tile_count()) + (key_tile * QUADS + quad) * 2;
 }
 
 // For cooperative matrices keys are kept in halves instead, by rows: the mean, then the variance, of a
-// granule, a part or a super-tile. A row takes QUADS vectors; 16 can be read from any super-tile on.
+// granule, a part, a super-tile (the mean alone) or a key tile. A row takes QUADS vectors; 16 can be
+// read from any super-tile or key tile on.
 uint granule_row_place(uint granule) { return granule * QUADS; }
 uint part_row_place(uint granule, uint part) {
   return part_place(0, 0) + (granule * PARTS + part) * QUADS;
 }
 uint super_row_place(uint super_tile) { return super_place(0, 0) + super_tile * QUADS; }
+uint key_tile_row_place(uint key_tile) { return key_tile_place(0, 0) + key_tile * QUADS; }
 
 // What variances are divided by and mean squares of queries multiplied with, so that halves hold both.
 const float VARIANCE_SCALE = 32.0;
@@ -70,6 +81,8 @@ uvec2 to_halves(vec4 x) {
   return uvec2(to_half_bits(x.x) | to_half_bits(x.y) << 16,
                to_half_bits(x.z) | to_half_bits(x.w) << 16);
 }
+
+vec4 from_halves(uvec2 x) { return vec4(unpackHalf2x16(x.x), unpackHalf2x16(x.y)); }
 
 // Keys from `first` on, of so many, that exist.
 uint rows_from(uint first, uint rows) { return min(rows, max(key_limit, first) - first); }
