@@ -56,20 +56,21 @@ def ceilings(device: vulkan.Device | int | None = None, *, measure_again: bool =
     file = _file(chosen)
     if file is not None and file.exists() and not measure_again:
         # One that another process damaged is measured again.
-        with suppress(ValueError, KeyError):
-            return _ceilings(chosen, json.loads(file.read_text()))
-    from jax_aat import _native
-
-    measured = cast(dict[str, float], _native.measure_ceilings(chosen.index))
+        with suppress(ValueError, KeyError, TypeError):
+            kept = json.loads(file.read_text())
+            flops = {dtype: float(kept["matrix_flops"][dtype]) for dtype in vulkan.DTYPES}
+            return Ceilings(chosen.name, MappingProxyType(flops), float(kept["bandwidth"]))
+    measured = _measure(chosen)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(measured))
+            kept = {"matrix_flops": dict(measured.matrix_flops), "bandwidth": measured.bandwidth}
+            part.write_text(json.dumps(kept))
             part.replace(file)
         except OSError as error:
             warnings.warn(f"ceilings are not kept on disk: {error}", stacklevel=2)
-    return _ceilings(chosen, measured)
+    return measured
 
 
 def _file(device: vulkan.Device) -> Path | None:
@@ -83,8 +84,11 @@ def _file(device: vulkan.Device) -> Path | None:
     return Path(pipelines).parent / f"{device.uuid}-{driver:08x}-{shaders}.ceilings.json"
 
 
-def _ceilings(device: vulkan.Device, measured: Mapping[str, float]) -> Ceilings:
-    # Read again: a context has probed what the device does not tell.
+def _measure(device: vulkan.Device) -> Ceilings:
+    from jax_aat import _native
+
+    measured = cast(dict[str, float], _native.measure_ceilings(device.index))
+    # Read again: measuring has probed what the device does not tell.
     traits = vulkan.devices()[device.index].traits
     flops = dict.fromkeys(vulkan.DTYPES, measured["products"])
     for dtype in ("float16", "bfloat16"):

@@ -283,6 +283,25 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     assert jax_aat.ceilings() == again
 
 
+def test_kept_ceilings_need_no_probe(tmp_path, monkeypatch):
+    """Whether a device's matrices serve is known to a process that has used it only."""
+    from jax_aat import _native
+
+    device = jax_aat.default_device()
+    found = {"coopmat_float16": True, "coopmat_bfloat16": True, "coopmat_layout_known": True}
+    probed = dataclasses.replace(device, traits=MappingProxyType({**device.traits, **found}))
+    rates = {"products": 2.0, "float16_matrices": 8.0, "bfloat16_matrices": 9.0, "bandwidth": 3.0}
+    monkeypatch.setattr(_native, "cache_path", lambda: str(tmp_path / "x.pipelines"))
+    with monkeypatch.context() as patch:
+        patch.setattr(_native, "measure_ceilings", lambda device: rates)
+        patch.setattr(jax_aat.vulkan, "devices", lambda: (probed,))
+        first = jax_aat.ceilings()
+    assert first.matrix_flops["bfloat16"] == 9
+    unprobed = dataclasses.replace(device, traits=MappingProxyType({}))
+    monkeypatch.setattr(jax_aat.vulkan, "devices", lambda: (unprobed,))
+    assert jax_aat.ceilings() == first
+
+
 def test_ceilings_that_cannot_be_kept(tmp_path, monkeypatch):
     from jax_aat import _native
 

@@ -26,13 +26,18 @@ void load_key_tile(uint key_tile, out vec4 mass[SUB_QUADS]) {
   }
 }
 
+// Whether every row sees every key of these granules of a key tile. Where the tile sees their
+// super-tile, which is nearly always, the first tells of all; keys past the length are none of it.
+bool is_all_seen(Tile tile, uint first, uint end) {
+  return end * GRANULE_ROWS <= key_limit && boundary_of(tile.number, first).super_whole;
+}
+
 // What is noted of a key tile at first; with the importance of one that the boundary cuts. Counts the
 // granules that are seen.
 uint key_tile_note(Tile tile, uint key_tile, inout uint seen) {
   uint first = max(key_tile * KEY_TILE_GRANULES, tile.first);
   uint end = min((key_tile + 1) * KEY_TILE_GRANULES, tile.end);
-  // Nearly always: all of its super-tile is seen.
-  if (boundary_of(tile.number, first).super_whole) {
+  if (is_all_seen(tile, first, end)) {
     seen += end - first;
     return MARK_SEEN;
   }
@@ -127,8 +132,7 @@ void price_others(Tile tile, uvec2 prices, bool kept) {
     bool looks = may_see && slab.is_looked_into.value[i] != 0;
     uint first = i * KEY_TILE_GRANULES;
     Boundary boundary = boundary_of(tile.number, first);
-    // One boundary for all, where the tile sees all of the super-tile or nothing.
-    bool alike = !may_see || boundary.super_whole;
+    bool alike = !may_see || is_all_seen(tile, first, first + KEY_TILE_GRANULES);
     for (uint j = 0; j < KEY_TILE_GRANULES; ++j) {
       uint granule = first + j;
       if (granule >= granule_count()) break;
