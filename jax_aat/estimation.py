@@ -19,10 +19,17 @@ from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import tiled_attention
 from jax_aat.hierarchy import judged_key_tiles
-from jax_aat.levels import KEY_TILE, Grid
+from jax_aat.levels import GRANULE, KEY_TILE, Grid
 from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
-from jax_aat.router import candidate_share, dense_flops, has_state, hidden_rows, planning_flops
+from jax_aat.router import (
+    candidate_share,
+    dense_flops,
+    has_state,
+    hidden_rows,
+    judged_share,
+    planning_flops,
+)
 
 ENOUGH = 5e-3
 """Seconds of the device after which a call tells what longer ones take."""
@@ -169,10 +176,11 @@ class Sizes:
         tiles = self.batch * grid.lists * grid.tiles
         if family == "cross_tile_router":
             assert self.adaptation is not None
-            share = candidate_share(self.adaptation)
-            judged = judged_key_tiles(self._operands, grid, share) * KEY_TILE
+            judged = self._judged_key_tiles * KEY_TILE
             seen = np.arange(1, self.queries + 1) if self.causal else np.array([self.keys])
-            return float(tiles * np.minimum(seen, min(self.keys, judged)).mean())
+            granules = np.minimum(seen, min(self.keys, judged)).mean()
+            key_tiles = seen.mean() * GRANULE / KEY_TILE if judged < self.keys else 0.0
+            return float(tiles * (granules + key_tiles))
         if family in _BY_TILE_AND_GRANULE:
             return float(tiles * grid.granules)
         if family.startswith("attend_") and family != "attend_backward_delta":
@@ -194,18 +202,22 @@ class Sizes:
         assert device is not None
         plan: dict[str, Any] = {}
         if self.adaptation is not None:
-            share = candidate_share(self.adaptation)
             plan = {
                 "query_tile": self.adaptation.query_tile,
                 "level_count": len(self.adaptation.levels),
-                "candidate_share": share,
-                "judged_key_tiles": judged_key_tiles(self._operands, self._grid, share),
+                "candidate_share": candidate_share(self.adaptation),
+                "judged_key_tiles": self._judged_key_tiles,
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }
         sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
         return _native.scratch_bytes(
             device.index, direction, self.dtype, sizes, self.causal, **plan
         )
+
+    @property
+    def _judged_key_tiles(self) -> int:
+        assert self.adaptation is not None
+        return judged_key_tiles(self._operands, self._grid, judged_share(self.adaptation))
 
     @property
     def _rows(self) -> tuple[int, int]:

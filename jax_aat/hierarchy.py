@@ -1,8 +1,7 @@
 """Routing of long sequences: key tiles first, then the granules of the foremost of them.
 
-A tile judges the granules of a bounded number of key tiles, so that planning does not grow with
-the square of the length. What lies in the others is never exact; its mass counts, as the mean and
-variance of their keys give it.
+A tile judges the granules of a share of the key tiles. What lies in the others is never exact; its
+mass counts, as the mean and variance of their keys give it.
 """
 
 import dataclasses
@@ -33,17 +32,17 @@ JUDGED = 128
 up to twice as many: to choose among these takes as long as it saves."""
 
 
-def judged_key_tiles(operands: Operands, grid: Grid, candidates: float) -> int:
+def judged_key_tiles(operands: Operands, grid: Grid, share: float) -> int:
     """How many key tiles a tile looks into; all of a short sequence or of one with bias or mask.
 
     Args:
       operands: Those of the call.
       grid: How the call is cut.
-      candidates: Share of the granules that stage 2 is to look at.
+      share: Of the key tiles of a long sequence, at least.
     """
     if Slot.BIAS in operands or Slot.MASK in operands or grid.key_tiles <= 2 * JUDGED:
         return grid.key_tiles
-    return min(grid.key_tiles, max(JUDGED, math.ceil(candidates * grid.key_tiles)))
+    return min(grid.key_tiles, max(JUDGED, math.ceil(share * grid.key_tiles)))
 
 
 def predict_foremost(

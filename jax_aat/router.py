@@ -38,7 +38,8 @@ from jax_aat.scores import predict
 from jax_aat.summaries import FINE, Keys, Queries, subqueries
 
 CANDIDATES = 2.0
-"""Stage 2 looks at this many times the budget of the granules."""
+"""Stage 2 looks at this many times the budget of the granules, tiles of a long sequence look into
+as many key tiles."""
 FLOOR = 0.25
 """This share of the budget of the granules, the most important ones of a tile, is exact."""
 NOMINAL = 0.125
@@ -176,7 +177,7 @@ def break_even(
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
     candidates = candidate_share(adaptation)
     most = math.ceil(floor_share(adaptation) * grid.granules)
-    judged = judged_key_tiles(operands, grid, candidates)
+    judged = judged_key_tiles(operands, grid, judged_share(adaptation))
     split = keys.by_key_tile(grid) if judged < grid.key_tiles else None
 
     def of_tiles(tiles: jax.Array) -> jax.Array:
@@ -230,8 +231,11 @@ def break_even(
 
 def candidate_share(adaptation: Adaptation) -> float:
     """Share of the granules that a tile sees that stage 2 looks at."""
-    if adaptation.stages == 1:
-        return 0.0
+    return 0.0 if adaptation.stages == 1 else judged_share(adaptation)
+
+
+def judged_share(adaptation: Adaptation) -> float:
+    """Share of the key tiles of a long sequence that a tile looks into, at least."""
     return min(1.0, max(CANDIDATES * (adaptation.budget or NOMINAL), _LEAST_CANDIDATES))
 
 
@@ -416,7 +420,7 @@ def planning_flops(
 ) -> jax.Array:
     """FLOPs of a call besides those of the rows that it reads, by batch entry: [B] float32.
 
-    Those of summaries, of both stages, of the state and of the correction by it.
+    Those of summaries, of key tiles, of both stages, of the state and of the correction by it.
     """
     head_dim = operands[Slot.Q].shape[-1]
     queries, keys = grid.heads * grid.queries, grid.kv_heads * grid.keys
@@ -431,12 +435,12 @@ def planning_flops(
     candidates = candidate_share(adaptation)
     finer = fine * (GRANULE // FINE)
     dense = dense_flops(operands, options, grid)
-    judged = judged_key_tiles(operands, grid, candidates)
+    judged = judged_key_tiles(operands, grid, judged_share(adaptation))
     if judged == grid.key_tiles:
         everywhere = coarse + to_super + finer * candidates
         return summaries + state + dense * (everywhere / a_pair)
     seen = _visible_keys(operands, options, grid)
     share = jnp.minimum(seen, judged * KEY_TILE).sum(-1) / jnp.maximum(seen.sum(-1), 1)
     to_key_tiles = coarse * GRANULE / KEY_TILE
-    stages = coarse * share + to_super + to_key_tiles + finer * jnp.minimum(candidates, share)
+    stages = coarse * share + to_super + to_key_tiles + finer * candidates
     return summaries + state + dense * (stages / a_pair)

@@ -8,7 +8,6 @@
 #define STAGE_COUNT 0
 #define STAGE_LIST 1
 
-#define PLAN_KEY_ROWS 128
 #define EVEN_BITS 0x55555555u
 
 // Of the fields of a word those at a level, in their lower bits.

@@ -79,12 +79,18 @@ def compiled_programs_end_with_their_module():
 def set_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, Any], None]]:
     """`monkeypatch.setattr` of what is read while a call is traced: no other trace is reused."""
 
+    from jax_aat import router
+
+    def forget() -> None:
+        jax.clear_caches()
+        router._spare_rows_by_shape.cache_clear()
+
     def set_and_forget(target: Any, name: str, value: Any) -> None:
         monkeypatch.setattr(target, name, value)
-        jax.clear_caches()
+        forget()
 
     yield set_and_forget
-    jax.clear_caches()
+    forget()
 
 
 @pytest.fixture(params=["xla", "vulkan"])

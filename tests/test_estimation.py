@@ -129,13 +129,13 @@ def test_longer_calls_are_measured_until_one_takes_long(monkeypatch):
     assert estimate((1, 9000, N, H), dtype="float32").measured_lengths == (4096, 8192)
 
 
-def test_the_router_judges_a_bounded_number_of_keys():
-    sizes = estimation.Sizes(1, 2**17, 2**17, N, K, H, "float32", True, Adaptation(budget=0.125))
+def test_the_router_judges_a_share_of_the_keys():
+    sizes = estimation.Sizes(1, 2**17, 2**17, N, K, H, "float32", True, Adaptation(budget=0.03))
     half = sizes.of_length(2**16)
     router = [x.work("cross_tile_router.f32", 0.0) for x in (half, sizes)]
-    # Of the longer call's tiles those of the second half judge as many keys as the last one of the
-    # shorter call does, whose tiles judge half of that on average.
-    assert router[1] == pytest.approx(2 * (0.5 * 1 + 0.5 * 2) * router[0], rel=1e-4)
+    # Tiles of both judge up to 16,384 keys, and all key tiles, of 8 granules each, that they see.
+    judged = [2**14 * (1 - 2**14 / 2 / n) + n / 2 / 8 for n in (2**16, 2**17)]
+    assert router[1] / router[0] == pytest.approx(2 * judged[1] / judged[0], rel=1e-4)
     lists = [x.work("plan_lists.f32", 0.0) for x in (half, sizes)]
     assert lists[1] == 4 * lists[0]
     assert half.work("tile_processor.bf16", 0.0) * 2 == sizes.work("tile_processor.bf16", 0.0)

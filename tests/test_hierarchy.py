@@ -76,8 +76,8 @@ def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
     dense = planning()
     set_traced(hierarchy, "JUDGED", 8)
     fewer = planning()
-    # Queries past the first 1,024 judge so many keys each, 7/16 of all pairs, and key tiles.
-    assert 0.4 * dense < fewer < 0.8 * dense
+    # Twice the budget of 32 key tiles are 13, 1,664 keys: 0.65 of all pairs, and key tiles.
+    assert 0.65 * dense < fewer < 0.9 * dense
     q, k, v = (operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))
     _, report = jax.jit(
         lambda *x: tiled_attention(

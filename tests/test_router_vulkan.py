@@ -218,6 +218,14 @@ def test_foremost_by_stages_and_levels(stages, levels, rng, few_judged):
     assert_alike(operands, Options(SCALE), adaptation)
 
 
+def test_one_stage_looks_into_as_much(rng, few_judged):
+    adaptation = Adaptation(budget=0.4, stages=1, query_tile=64)
+    operands = clustered(rng, 100, 4900, batch=1)
+    assert_alike(operands, Options(SCALE), adaptation)
+    exact = (expected(operands, Options(SCALE), adaptation) >> 16 > 0).reshape(1, -1, 307)
+    assert exact.sum(-1).max() > 8 * 11
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_foremost_with_lengths(causal, rng, few_judged):
     operands = clustered(rng, 3300, 3300, 2, 1, head_dim=8, batch=3)
@@ -249,8 +257,8 @@ def test_more_are_judged_where_candidates_ask_for_more(rng, few_judged):
     """A budget of 0.4 asks for 32 of the 39 key tiles."""
     adaptation = Adaptation(budget=0.4, query_tile=64)
     assert_alike(clustered(rng, 100, 4900, batch=1), Options(SCALE), adaptation)
-    operands = clustered(rng, 100, 1400, batch=1)  # of 11, for all
-    assert_alike(operands, Options(SCALE), adaptation)
+    of_all = Adaptation(budget=0.5, query_tile=64)
+    assert_alike(clustered(rng, 100, 4900, batch=1), Options(SCALE), of_all)
 
 
 def test_floor_beyond_what_is_judged(rng, few_judged):
@@ -263,7 +271,8 @@ def test_floor_beyond_what_is_judged(rng, few_judged):
     assert_alike(operands, Options(SCALE), adaptation)
 
 
-def test_more_granules_than_shared_memory_takes_notes_of(rng):
-    """More than 2,048, which is what lavapipe has room for."""
+@pytest.mark.parametrize("budget", [0.485, 0.6])
+def test_more_granules_than_shared_memory_takes_notes_of(budget, rng):
+    """More than 2,048, which is what lavapipe has room for: of 259 of 266 key tiles, or of all."""
     operands = clustered(rng, 40, 34000, 1, 1, head_dim=4, batch=1)
-    assert_alike(operands, Options(SCALE), Adaptation(budget=0.6, query_tile=16))
+    assert_alike(operands, Options(SCALE), Adaptation(budget=budget, query_tile=16))

@@ -110,14 +110,14 @@ def _bind(
     results: tuple[Slot, ...],
     primitive: Primitive,
 ) -> list[Any]:
-    candidates = router.candidate_share(adaptation)
+    share = router.judged_share(adaptation)
     options = dataclasses.replace(options, query_tile=adaptation.query_tile)
     options = dataclasses.replace(
         options,
         level_count=len(adaptation.levels),
-        candidate_share=candidates,
+        candidate_share=router.candidate_share(adaptation),
         floor_share=router.floor_share(adaptation),
-        judged_key_tiles=judged_key_tiles(operands, _grid(operands, options), candidates),
+        judged_key_tiles=judged_key_tiles(operands, _grid(operands, options), share),
     )
     return rules.bind(
         primitive,

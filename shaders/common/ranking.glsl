@@ -1,4 +1,4 @@
-// Notes of a word for each granule, or super-tile, at work: what the tile may see of it and, above, the
+// Notes of a word for each granule, or key tile, at work: what the tile may see of it and, above, the
 // bits of its importance, by which the foremost are chosen. They lie in shared memory where they fit.
 
 #define MARK_SEEN 1u

@@ -363,6 +363,7 @@ void price_tile(Tile tile) {
   if (FOREMOST != 0 || LEVELS > 2) sync_slab();
   if (FOREMOST != 0) seen_anywhere = look_into_foremost(tile);
   seen = mark_granules(tile);
+  if (SHARED_NOTES == 1) sync_slab();
   if (FOREMOST == 0) seen_anywhere = seen;
   if (seen != 0) {
     score_granules(tile);

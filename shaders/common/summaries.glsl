@@ -18,7 +18,6 @@ layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Sha
   uvec2 pair[];
 };
 
-
 uint super_tile_count() { return divide_up(PARAMS.keys, SUPER_TILE_ROWS); }
 uint key_tile_count() { return divide_up(PARAMS.keys, PLAN_KEY_ROWS); }
 
@@ -58,7 +57,7 @@ uint value_total_place(uint super_tile) {
   return super_place(super_tile_count(), 0) + 15 * QUADS + super_tile;
 }
 
-// Mean and variance of a key tile's keys, of those past the end of the last super-tile, too.
+// Mean and variance of a key tile's keys; key tiles fill the last super-tile, too.
 uint key_tile_place(uint key_tile, uint quad) {
   return value_total_place(super_tile_count()) + (key_tile * QUADS + quad) * 2;
 }
