@@ -42,7 +42,7 @@ bool sees_coarse_rows(View levels, uint coarse_tile) {
 
 void main() {
   uint self = gl_LocalInvocationID.x;
-  uint key_tiles = divide_up(PARAMS.keys, PLAN_KEY_ROWS);
+  uint key_tiles = key_tile_count();
   uint lists = key_tiles + divide_up(PARAMS.coarse_rows, PLAN_KEY_ROWS);
   uint key_list = workgroup_index() % lists, index = workgroup_index() / lists;
   uint kv_head = index % PARAMS.kv_heads, entry = index / PARAMS.kv_heads;

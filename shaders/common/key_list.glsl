@@ -18,7 +18,7 @@ struct PlanList {
 // What a plan's headers hold is bounded, as it comes from outside.
 PlanList plan_list(uint kv_head, uint first_row) {
   uint tile = first_row / PLAN_KEY_ROWS;
-  if (has(FEATURE_COARSE_TILE)) tile += divide_up(PARAMS.keys, PLAN_KEY_ROWS);
+  if (has(FEATURE_COARSE_TILE)) tile += key_tile_count();
   uvec4 header = list_header(OPERAND_KEY_LIST_HEADERS, kv_head, tile);
   uint first = min(header.x, PARAMS.key_list_capacity);
   uint count = min(header.y, min(PARAMS.key_list_capacity - first,

@@ -13,6 +13,7 @@
 #define COARSE_ROW_BITS 20  // of an entry; above lies the number of keys less one
 
 uint granule_count() { return divide_up(PARAMS.keys, GRANULE_ROWS); }
+uint key_tile_count() { return divide_up(PARAMS.keys, PLAN_KEY_ROWS); }
 
 // Index of a row's level in biases and shares: 0 for granules, 1 for super-tiles.
 uint level_index(uint coarse_row) { return coarse_row < granule_count() ? 0 : 1; }

@@ -123,14 +123,19 @@ float importance_of(vec4 mass[SUB_QUADS]) {
 // Places whose masses a thread reads before it uses the first: reads wait long for each other.
 const uint AT_ONCE = SUB_QUADS <= 2 ? 4 : 1;
 
+// Those of a thread's next places; past the last one its masses again.
+void load_masses_ahead(Tile tile, uint first, out vec4 mass[AT_ONCE][SUB_QUADS]) {
+  [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+    load_masses(slab, min(first + j * THREADS, tile.end_place - 1), mass[j]);
+  }
+}
+
 // Mean squared probabilities after stage 1.
 void judge_granules(Tile tile) {
   for (uint first = tile.first_place + gl_LocalInvocationID.x; first < tile.end_place;
        first += THREADS * AT_ONCE) {
     vec4 mass[AT_ONCE][SUB_QUADS];
-    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
-      load_masses(slab, min(first + j * THREADS, tile.end_place - 1), mass[j]);
-    }
+    load_masses_ahead(tile, first, mass);
     [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
       uint place = first + j * THREADS;
       if (place >= tile.end_place) break;
@@ -191,9 +196,7 @@ void refine(Tile tile, uint n) {
   for (uint first = tile.first_place + gl_LocalInvocationID.x; first < tile.end_place;
        first += THREADS * AT_ONCE) {
     vec4 mass[AT_ONCE][SUB_QUADS];
-    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
-      load_masses(slab, min(first + j * THREADS, tile.end_place - 1), mass[j]);
-    }
+    load_masses_ahead(tile, first, mass);
     [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
       uint place = first + j * THREADS;
       if (place >= tile.end_place) break;

@@ -19,7 +19,6 @@ layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer Sha
 };
 
 uint super_tile_count() { return divide_up(PARAMS.keys, SUPER_TILE_ROWS); }
-uint key_tile_count() { return divide_up(PARAMS.keys, PLAN_KEY_ROWS); }
 
 // Granules with those past the end of the last super-tile.
 uint padded_granules() { return super_tile_count() * SUPER_TILE_GRANULES; }
