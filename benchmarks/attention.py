@@ -12,7 +12,9 @@ one row that says why.
 
 Three times a row, in milliseconds: ``latency``, the median of single calls, each waited for;
 ``pipelined``, the mean over calls that are started one after another and waited for together;
-``kernel``, the median of the device's own time stamps, where the contender has them. Rates are
+``kernel``, the median of the device's own time stamps, where the contender has them. ``hand-over``
+is what a call of this package in such a row takes beside its kernels, both of the same calls: a
+device in use slows down, so time stamps of calls that were waited for do not tell it. Rates are
 taken from ``kernel``, else from ``pipelined``, and count the FLOPs that the contender spent;
 forward and backward count as 3.5 forward passes. Adaptive attention plans anew in every call.
 
@@ -46,6 +48,7 @@ from surroundings import surroundings
 from tables import line_of, write
 from torch_contenders import release_memory
 
+import jax_aat
 from jax_aat.commands.contenders import Case, Pass
 
 FOLDER = Path(__file__).parent
@@ -95,27 +98,36 @@ def measure(made: Pass, repeats: int, seconds: float) -> dict[str, Any]:
     """Times a pass that has been warmed up; milliseconds."""
     began = time.perf_counter()
     made.wait(made.start())
-    # Each is called three times: alone, for its time stamps, and in a row.
+    # Each is called four times: for its time stamps, alone, in a row, in a row with time stamps.
     once = time.perf_counter() - began
-    repeats = min(repeats, max(_LEAST_REPEATS, int(seconds / 3 / once)))
+    repeats = min(repeats, max(_LEAST_REPEATS, int(seconds / 4 / once)))
     kernels = [made.device_milliseconds() for _ in range(repeats)]
     latencies = []
     for _ in range(repeats):
         began = time.perf_counter()
         made.wait(made.start())
         latencies.append((time.perf_counter() - began) * 1e3)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        last = made.start()
-    made.wait(last)
-    pipelined = (time.perf_counter() - began) * 1e3 / repeats
+    pipelined = _in_a_row(made, repeats)
+    with jax_aat.profile(by_kernel=False) as prof:
+        stamped = _in_a_row(made, repeats)
+    on_device = sum(call.seconds for call in prof.calls) * 1e3 / repeats
     return {
         "latency": statistics.median(latencies),
         "latency_p90": float(np.percentile(latencies, 90)),
         "pipelined": pipelined,
         "kernel": None if None in kernels else statistics.median(kernels),
+        "hand_over": stamped - on_device if prof.calls else None,
         "repeats": repeats,
     }
+
+
+def _in_a_row(made: Pass, repeats: int) -> float:
+    """Milliseconds a call of calls that are started one after another and waited for together."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        last = made.start()
+    made.wait(last)
+    return (time.perf_counter() - began) * 1e3 / repeats
 
 
 def run_row(

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 GROUP = ("inputs", "batch", "heads", "kv_heads", "head_dim", "causal", "dtype", "pass")
 """What rows that differ in length and contender only have in common."""
 _HEADERS = (
-    *("S", "contender", "latency ms", "pipelined ms", "kernel ms", "TFLOP/s"),
+    *("S", "contender", "latency ms", "pipelined ms", "kernel ms", "hand-over ms", "TFLOP/s"),
     *("error", "IFQ", "FLOPs", "memory MiB", "path"),
 )
 
@@ -59,7 +59,7 @@ def cells(row: Row) -> list[str]:
     start = [str(row["keys"]), row["contender"]]
     if "failed" in row:
         path = row["failed"] if row["failed"].startswith("skipped") else f"failed: {row['failed']}"
-        return [*start, *[""] * 8, path]
+        return [*start, *[""] * (len(_HEADERS) - 3), path]
 
     path = row["path"]
     kernels = path.partition(": ")[2].split()
@@ -77,7 +77,7 @@ def cells(row: Row) -> list[str]:
     memory = row.get("memory")
     return [
         *start,
-        *(figure(row[name], ".3f") for name in ("latency", "pipelined", "kernel")),
+        *(figure(row[name], ".3f") for name in ("latency", "pipelined", "kernel", "hand_over")),
         figure(row["tflops"], ".4g"),
         figure(max(row["errors"].values()), ".2e"),
         figure(row["ifq"], ".6f"),
