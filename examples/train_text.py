@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 import jax_aat
 from jax_aat import TilePlan, plot
-from jax_aat.levels import Grid
 
 HELD_OUT_BATCHES = 8
 
@@ -222,7 +221,7 @@ def show_adaptation(args: argparse.Namespace, trainer: Trainer) -> None:
     """Prints the report of every layer's last call and draws the levels of its first heads."""
     layers = sorted(trainer.state["resolution"])
     figure = Figure(figsize=(4 * len(layers), 4.6), layout="constrained")
-    grid = Grid(args.context, args.context, args.heads, args.kv_heads, args.adaptation.query_tile)
+    grid = args.adaptation.grid(args.context, args.context, args.heads, args.kv_heads)
     unfilled = TilePlan.unfilled(grid, args.adaptation, True, (-1, -1), args.batch)
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         if layer in trainer.reports:

@@ -153,6 +153,7 @@ def scratch_bytes(
     sizes: Sequence[int],
     causal: bool = False,
     query_tile: int = 0,
+    super_tile: int = 0,
     level_count: int = 0,
     candidate_share: float = 0.0,
     judged_key_tiles: int = 0,
@@ -167,6 +168,7 @@ def scratch_bytes(
       sizes: Batch entries, queries, keys, query heads, key/value heads, head_dim.
       causal: Whether it is.
       query_tile: Rows of a query tile of its plan, which the forward pass makes; 0: it has none.
+      super_tile: Keys of a super-tile of it.
       level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
       candidate_share: See there.
       judged_key_tiles: See there.

@@ -6,10 +6,14 @@ import numbers
 from typing import Any
 
 from jax_aat.arguments import is_integer
-from jax_aat.levels import EXACT, MEAN, SUPER_MEAN
+from jax_aat.levels import EXACT, MEAN, SUPER_MEAN, Grid
 
 _LEVELS = ((EXACT,), (EXACT, MEAN), (EXACT, MEAN, SUPER_MEAN))
 _QUERY_TILES = (16, 32, 64, 128, 256)
+_SUPER_TILES = (256, 512, 1024)
+_SHORT = 4096
+"""Keys up to which a sequence is short: what a tile must read of it weighs more than what tiles
+cost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,10 @@ class Adaptation:
         between calls, so between the layers of a model.
       levels: Levels in use: (0,) drops what is not exact, (0, 1) reads means of granules for it,
         (0, 1, 2) those of super-tiles as well, corrected by the state.
-      query_tile: Rows of a query tile, which share one list of granules.
+      query_tile: Rows of a query tile, which share one list of granules: 16, 32, 64, 128 or 256;
+        None: 64 where there are up to 4,096 keys, else 128.
+      super_tile: Keys of a super-tile, the unit of level 2 and of the state: 256, 512 or 1,024;
+        None: 256 where there are up to 4,096 keys, else 1,024.
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
         foremost granules also by means of 4.
       audit_rate: Fraction of the query rows that an audit computes exactly as well.
@@ -41,7 +48,8 @@ class Adaptation:
     tolerance: float | None = None
     threshold: float | None = None
     levels: tuple[int, ...] = (EXACT, MEAN, SUPER_MEAN)
-    query_tile: int = 128
+    query_tile: int | None = None
+    super_tile: int | None = None
     stages: int = 2
     audit_rate: float = 1 / 64
     replan_every: int = 1
@@ -71,7 +79,10 @@ class Adaptation:
             raise ValueError(f"budget: got {self.budget}, expected a fraction of at most 1")
         if self.audit_rate > 1:
             raise ValueError(f"audit_rate: got {self.audit_rate}, expected a fraction of at most 1")
-        for name, allowed in (("query_tile", _QUERY_TILES), ("stages", (1, 2))):
+        sizes = {"query_tile": _QUERY_TILES, "super_tile": _SUPER_TILES, "stages": (1, 2)}
+        for name, allowed in sizes.items():
+            if name != "stages" and getattr(self, name) is None:
+                continue
             expected = " or ".join(map(str, allowed))
             value = _integer(name, getattr(self, name), expected)
             if value not in allowed:
@@ -89,6 +100,12 @@ class Adaptation:
         if replan_every < 1:
             raise ValueError(f"replan_every: got {replan_every}, expected {expected}")
         object.__setattr__(self, "replan_every", replan_every)
+
+    def grid(self, queries: int, keys: int, heads: int, kv_heads: int) -> Grid:
+        """How a call of T queries and S keys, N query and K key/value heads is cut."""
+        query_tile, super_tile = (64, 256) if keys <= _SHORT else (128, 1024)
+        query_tile, super_tile = self.query_tile or query_tile, self.super_tile or super_tile
+        return Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:

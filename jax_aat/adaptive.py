@@ -63,7 +63,7 @@ def attend(
     else:
         plan = plan.for_call(operands, options)
     plan = jax.tree.map(jax.lax.stop_gradient, plan)
-    options = dataclasses.replace(options, query_tile=adaptation.query_tile)
+    options = options.planned(plan.grid)
     values = operands | plan.operands()
     if implementation == "vulkan":
         out, lse, _ = forward(values, options, implementation)

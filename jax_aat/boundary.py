@@ -17,7 +17,6 @@ from jax_aat.levels import (
     HIDDEN,
     MEAN,
     SUPER_MEAN,
-    SUPER_TILE,
     Grid,
 )
 from jax_aat.problem import Operands, Options, Slot
@@ -67,8 +66,8 @@ def boundary(operands: Operands, options: Options, grid: Grid, tiles: Any = None
     last = jnp.minimum(first + grid.positions, grid.queries) - 1
     start = np.arange(grid.granules) * GRANULE
     stop = np.minimum(start + GRANULE, grid.keys) - 1
-    super_start = grid.super_tile_of * SUPER_TILE
-    super_stop: Any = np.minimum(super_start + SUPER_TILE, grid.keys) - 1
+    super_start = grid.super_tile_of * grid.super_tile
+    super_stop: Any = np.minimum(super_start + grid.super_tile, grid.keys) - 1
     everything = jnp.ones((1, tiles.shape[0], grid.granules), bool)
 
     valid_last: Any = last
@@ -104,7 +103,7 @@ def boundary(operands: Operands, options: Options, grid: Grid, tiles: Any = None
         segments = operands[Slot.KV_SEGMENTS]
         key_low, key_high = (x[..., None, None, :] for x in _extremes(segments, GRANULE))
         wide_low, wide_high = (
-            x[..., None, None, grid.super_tile_of] for x in _extremes(segments, SUPER_TILE)
+            x[..., None, None, grid.super_tile_of] for x in _extremes(segments, grid.super_tile)
         )
         seen &= (low <= key_high) & (key_low <= high)
         whole &= (low == high) & (key_low == low) & (key_high == low)
@@ -141,7 +140,7 @@ def _map(
     low, high = (x, x) if x.shape[-1] == 1 else _extremes(x, GRANULE)
     wide_low, wide_high = low, high
     if x.shape[-1] != 1:
-        granules = SUPER_TILE // GRANULE
+        granules = grid.super_tile_granules
         wide_low = _extremes(low, granules)[0][..., grid.super_tile_of]
         wide_high = _extremes(high, granules)[1][..., grid.super_tile_of]
     rows = (-4, -2)

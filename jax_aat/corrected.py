@@ -118,7 +118,8 @@ def _made(operands: Operands, options: Options) -> tuple[Operands, Correction | 
     for slot, x in inputs.items():
         whole = over_batch(slot, x, batch)
         inputs[slot] = whole.reshape(math.prod(batch), *whole.shape[len(batch) :])
-    means = dict(zip((Slot.COARSE_K, Slot.COARSE_V), coarse_rows(inputs), strict=True))
+    rows = coarse_rows(inputs, options.super_tile)
+    means = dict(zip((Slot.COARSE_K, Slot.COARSE_V), rows, strict=True))
     state = None
     if options.corrects:
         state = correction(inputs, options)

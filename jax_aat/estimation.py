@@ -123,8 +123,8 @@ class Sizes:
 
     @property
     def _grid(self) -> Grid:
-        rows = self.adaptation.query_tile if self.adaptation is not None else 128
-        return Grid(self.queries, self.keys, self.heads, self.kv_heads, rows)
+        adaptation = self.adaptation or Adaptation(budget=1.0)
+        return adaptation.grid(self.queries, self.keys, self.heads, self.kv_heads)
 
     @property
     def _operands(self) -> Operands:
@@ -203,7 +203,8 @@ class Sizes:
         plan: dict[str, Any] = {}
         if self.adaptation is not None:
             plan = {
-                "query_tile": self.adaptation.query_tile,
+                "query_tile": self._grid.query_tile,
+                "super_tile": self._grid.super_tile,
                 "level_count": len(self.adaptation.levels),
                 "candidate_share": candidate_share(self.adaptation),
                 "judged_key_tiles": self._judged_key_tiles,

@@ -15,8 +15,6 @@ import numpy as np
 
 GRANULE = 16
 """Keys of a granule, the unit of routing."""
-SUPER_TILE = 1024
-"""Keys of a super-tile, the unit of the coarsest level and of the state."""
 KEY_TILE = 128
 """Keys, or coarse rows, that share one transposed list; keys that a tile of a long sequence looks
 into together."""
@@ -24,7 +22,6 @@ into together."""
 EXACT, MEAN, SUPER_MEAN, HIDDEN = range(4)
 
 _FIELDS = 16  # granules of a word
-_GRANULES_OF_SUPER_TILE = SUPER_TILE // GRANULE
 _GRANULES_OF_KEY_TILE = KEY_TILE // GRANULE
 
 
@@ -43,6 +40,7 @@ class Grid:
       heads: N, of the queries.
       kv_heads: K, of keys and values.
       query_tile: Rows of a query tile: positions times heads.
+      super_tile: Keys of a super-tile, the unit of the coarsest level and of the state.
     """
 
     queries: int
@@ -50,6 +48,7 @@ class Grid:
     heads: int
     kv_heads: int
     query_tile: int
+    super_tile: int
 
     @property
     def tile_heads(self) -> int:
@@ -84,7 +83,12 @@ class Grid:
     @property
     def super_tiles(self) -> int:
         """Super-tiles along the keys; the last one may be ragged."""
-        return -(-self.keys // SUPER_TILE)
+        return -(-self.keys // self.super_tile)
+
+    @property
+    def super_tile_granules(self) -> int:
+        """Granules of a super-tile."""
+        return self.super_tile // GRANULE
 
     @property
     def coarse_rows(self) -> int:
@@ -115,16 +119,16 @@ class Grid:
     @property
     def super_tile_of(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """Super-tile of each granule, [granules] int32."""
-        return (np.arange(self.granules) // _GRANULES_OF_SUPER_TILE).astype(np.int32)
+        return (np.arange(self.granules) // self.super_tile_granules).astype(np.int32)
 
     @property
     def super_tile_of_key_tile(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """Super-tile of each key tile, [key tiles] int32."""
-        return (np.arange(self.key_tiles) // (SUPER_TILE // KEY_TILE)).astype(np.int32)
+        return (np.arange(self.key_tiles) // (self.super_tile // KEY_TILE)).astype(np.int32)
 
     def by_super_tile(self, x: jax.Array) -> jax.Array:
-        """Splits the last axis, along granules, into [super-tiles, 64], padded with 0."""
-        return _split(x, self.super_tiles, _GRANULES_OF_SUPER_TILE)
+        """Splits the last axis, along granules, into [super-tiles, granules], padded with 0."""
+        return _split(x, self.super_tiles, self.super_tile_granules)
 
     def by_key_tile(self, x: jax.Array) -> jax.Array:
         """Splits the last axis, along granules, into [key tiles, 8], padded with 0."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_aat.levels import GRANULE, SUPER_TILE, Grid
+from jax_aat.levels import GRANULE, Grid
 from jax_aat.problem import PRIMAL_OF, Operands, Options, Slot, extents
 from jax_aat.tiles import Accumulators, Step, TiledCall, sum_to
 
@@ -79,7 +79,7 @@ class ListedTiles(TiledCall):
     def of(cls, operands: Operands, options: Options, differentiable: bool) -> "ListedTiles":
         """Arranges the operands of a call that has a plan among them."""
         sizes = extents(operands)
-        grid = Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, options.query_tile)
+        grid = options.grid(sizes)
         tiles = cls(operands, options, sizes, grid, differentiable)
         arranged = {slot: tiles._arranged(slot, x) for slot, x in operands.items()}
         return dataclasses.replace(tiles, operands=arranged)
@@ -277,7 +277,7 @@ class ListedTiles(TiledCall):
         if not j.coarse:
             return (*heads, *queries, j.rows, slice(None)), (0, 2, 3, 1, 4)
         granules = self.grid.granules
-        ahead = (j.rows - granules) * (SUPER_TILE // GRANULE)
+        ahead = (j.rows - granules) * self.grid.super_tile_granules
         firsts = jnp.where(self._is_super(j), ahead, j.rows)
         return (*heads, *queries, firsts, jnp.zeros_like(firsts)), (0, 2, 3, 1)
 

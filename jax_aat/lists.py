@@ -43,7 +43,7 @@ class Capacity:
         def touched(size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
             return np.where(seen, -(-high // size) - low // size, 0)
 
-        granules, super_tiles = touched(GRANULE), touched(1024)
+        granules, super_tiles = touched(GRANULE), touched(grid.super_tile)
         padding = (_EXACT_ALIGNMENT - 1) + (_COARSE_ALIGNMENT - 1)
         entries = int((granules + super_tiles + padding).sum())
         of_keys = touched(KEY_TILE).sum() + grid.tiles * grid.coarse_tiles

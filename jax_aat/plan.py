@@ -336,7 +336,7 @@ def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:
     for name, size in (("query", sizes.queries), ("key", sizes.keys)):
         if not isinstance(size, int):
             raise ValueError(f"{name}: got symbolic length {size}, adaptation needs a known one")
-    return Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, adaptation.query_tile)
+    return adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
 
 
 def _hides(operands: Operands) -> bool:
@@ -398,7 +398,7 @@ def _expected(plan: TilePlan) -> tuple[jax.Array, jax.Array, jax.Array, tuple[ja
     """
     grid = plan.grid
     level = unpack_levels(plan.levels, grid.granules)
-    options = Options(1.0, plan.causal, plan.window, query_tile=grid.query_tile)
+    options = Options(1.0, plan.causal, plan.window).planned(grid)
     whole = boundary({}, options, grid)
     if plan.hides:
         # Lengths, segments and masks may have hidden anything.

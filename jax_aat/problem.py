@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_aat.levels import Grid
+
 EMPTY_LOGSUMEXP = float(np.float32(-0.7) * np.finfo(np.float32).max)
 """logsumexp of a query row that has nothing to attend to."""
 
@@ -141,6 +143,7 @@ class Options:
       window: (left, right): query t sees keys t - left <= s <= t + right; -1: unbounded.
       soft_cap: c: logits become c tanh(logits / c) before the bias is added; 0: they do not.
       query_tile: Rows of a query tile of the plan; 0: there is none.
+      super_tile: Keys of a super-tile of it.
       level_count: Where a plan is made, the number of levels in use.
       candidate_share: Likewise, the share of the granules that a tile sees that the router judges
         twice.
@@ -154,11 +157,21 @@ class Options:
     window: tuple[int, int] = (-1, -1)
     soft_cap: float = 0.0
     query_tile: int = 0
+    super_tile: int = 0
     level_count: int = 0
     candidate_share: float = 0.0
     floor_share: float = 0.0
     judged_key_tiles: int = 0
     corrects: bool = False
+
+    def planned(self, grid: Grid) -> "Options":
+        """Those of a call with a plan of this grid."""
+        return dataclasses.replace(self, query_tile=grid.query_tile, super_tile=grid.super_tile)
+
+    def grid(self, sizes: "Extents") -> Grid:
+        """How a call with a plan is cut."""
+        lengths, heads = (sizes.queries, sizes.keys), (sizes.heads, sizes.kv_heads)
+        return Grid(*lengths, *heads, self.query_tile, self.super_tile)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_aat.levels import GRANULE, SUPER_TILE
+from jax_aat.levels import GRANULE
 from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
 
 ALPHA = 0.6
@@ -71,12 +71,12 @@ class Blocks:
         return total / jnp.maximum(self.count, 1)[..., None, None]
 
 
-def coarse_rows(operands: Operands) -> tuple[jax.Array, jax.Array]:
+def coarse_rows(operands: Operands, super_tile: int) -> tuple[jax.Array, jax.Array]:
     """Mean rows of granules, then of super-tiles, of keys and of values: [B, R, K, H] each."""
     lengths = operands.get(Slot.KV_LENGTHS)
 
     def means(x: jax.Array) -> jax.Array:
-        parts = [Blocks.of(x, size, lengths).mean for size in (GRANULE, SUPER_TILE)]
+        parts = [Blocks.of(x, size, lengths).mean for size in (GRANULE, super_tile)]
         return jnp.concatenate(parts, axis=1).astype(x.dtype)
 
     return means(operands[Slot.K]), means(operands[Slot.V])
@@ -123,15 +123,15 @@ def correction(operands: Operands, options: Options) -> Correction:
     q = operands[Slot.Q]
     q = q.astype(accumulation_dtype(q.dtype)) * options.scale
     lengths = operands.get(Slot.KV_LENGTHS)
-    keys = Blocks.of(operands[Slot.K], SUPER_TILE, lengths)
-    values = Blocks.of(operands[Slot.V], SUPER_TILE, lengths)
+    keys = Blocks.of(operands[Slot.K], options.super_tile, lengths)
+    values = Blocks.of(operands[Slot.V], options.super_tile, lengths)
     weight = keys.count
     covariance = jnp.einsum("bjskv,bjskh->bjkvh", values.centred, keys.centred)
     covariance = _running(covariance, weight)
     large = _running(keys.variance * weight[..., None, None], weight)
     granules = Blocks.of(operands[Slot.K], GRANULE, lengths)
     scatter = jnp.square(granules.centred).sum(2)
-    missing = weight.shape[1] * SUPER_TILE // GRANULE - scatter.shape[1]
+    missing = weight.shape[1] * options.super_tile // GRANULE - scatter.shape[1]
     scatter = jnp.pad(scatter, ((0, 0), (0, missing), (0, 0), (0, 0)))
     scatter = scatter.reshape(scatter.shape[0], weight.shape[1], -1, *scatter.shape[2:]).sum(2)
     small = _running(scatter, weight)
@@ -140,7 +140,7 @@ def correction(operands: Operands, options: Options) -> Correction:
 
     # Queries by the state that they see: [B, parts, size, K, G, H].
     batch, queries, heads, head_dim = q.shape
-    size = SUPER_TILE if options.causal else queries
+    size = options.super_tile if options.causal else queries
     parts = -(-queries // size)
     kv_heads = keys.rows.shape[3]
     padded = jnp.pad(q, ((0, 0), (0, parts * size - queries), (0, 0), (0, 0)))

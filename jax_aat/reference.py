@@ -15,7 +15,6 @@ from jax_aat.levels import (
     GRANULE,
     MEAN,
     SUPER_MEAN,
-    SUPER_TILE,
     Grid,
     unpack_levels,
 )
@@ -77,6 +76,7 @@ def dense_adaptive_attention(
     coarse_value: jax.Array,
     levels: jax.Array,
     query_tile: int,
+    super_tile: int,
     level_bias: jax.Array | None = None,
     query_seq_lengths: jax.Array | None = None,
     scale: float | None = None,
@@ -95,6 +95,7 @@ def dense_adaptive_attention(
       coarse_value: [B, R, K, H].
       levels: [B, L, I, W] uint32, see `jax_aat.levels`.
       query_tile: Rows of a query tile.
+      super_tile: Keys of a super-tile.
       level_bias: [B, T, N, 2], added to the logits of rows at level 1 and at level 2.
       query_seq_lengths: As there.
       scale: As there.
@@ -111,7 +112,7 @@ def dense_adaptive_attention(
         "query_seq_lengths": query_seq_lengths,
     }
     (_, queries, heads, _), (keys, kv_heads) = query.shape, key.shape[1:3]
-    grid = Grid(queries, keys, heads, kv_heads, query_tile)
+    grid = Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
     level = unpack_levels(levels, grid.granules)
     # From tiles [B, L, I, granules] to query rows [B, N, T, granules].
     level = jnp.repeat(level, grid.tile_heads, axis=1)
@@ -124,7 +125,7 @@ def dense_adaptive_attention(
     super_counts = jnp.where(level == SUPER_MEAN, grid.granule_sizes, 0)
     counts = jnp.concatenate([granule_counts, grid.by_super_tile(super_counts).sum(-1)], axis=-1)
     if bias is not None and bias.shape[-1] != 1:
-        firsts = [np.arange(grid.granules) * GRANULE, np.arange(grid.super_tiles) * SUPER_TILE]
+        firsts = [np.arange(grid.granules) * GRANULE, np.arange(grid.super_tiles) * super_tile]
         bias = bias[..., np.concatenate(firsts)]
     coarse, in_length = _logits(query, coarse_key, bias, None, **common)
     coarse += jnp.log(jnp.maximum(counts, 1).astype(coarse.dtype))

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_aat.audit import Audit
 from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, SUPER_TILE, unpack_levels
+from jax_aat.levels import EXACT, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
@@ -255,7 +255,7 @@ def _overhead(
     summaries = batch * grid.coarse_rows * grid.kv_heads * a_row
     state = 0
     if has_state(operands, options, plan.adaptation):
-        parts = -(-grid.queries // SUPER_TILE) if options.causal else 1
+        parts = -(-grid.queries // grid.super_tile) if options.causal else 1
         state = 4 * batch * grid.kv_heads * parts * k.shape[-1] * (k.shape[-1] + 2)
     overhead = lists + coarse_rows * a_row + (summaries + state) / grid.lists
     return overhead / jnp.maximum(exact_rows * a_row, 1)

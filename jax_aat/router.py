@@ -27,7 +27,6 @@ from jax_aat.levels import (
     KEY_TILE,
     MEAN,
     SUPER_MEAN,
-    SUPER_TILE,
     Grid,
     pack_levels,
     settled,
@@ -406,7 +405,7 @@ def has_state(operands: Operands, options: Options, adaptation: Adaptation) -> b
     if SUPER_MEAN not in adaptation.levels or is_exact(adaptation):
         return False
     sizes = extents(operands)
-    grid = Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, adaptation.query_tile)
+    grid = adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
     pairs = grid.queries * grid.keys
     if options.causal:
         shorter = min(grid.queries, grid.keys)
@@ -431,7 +430,7 @@ def planning_flops(
     coarse, fine = subqueries(grid)
     # A tile and a granule that it sees stand for that many pairs.
     a_pair = GRANULE * grid.query_tile
-    to_super = coarse * GRANULE / SUPER_TILE / 2
+    to_super = coarse * GRANULE / grid.super_tile / 2
     candidates = candidate_share(adaptation)
     finer = fine * (GRANULE // FINE)
     dense = dense_flops(operands, options, grid)

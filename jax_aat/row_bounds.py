@@ -1,7 +1,5 @@
 """The certified bound of every row of an adaptive call."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,10 +38,11 @@ def row_bounds(
     level = unpack_levels(plan.levels, grid.granules)
     hidden = pack_levels(jnp.where(level == EXACT, EXACT, HIDDEN))
     fine = plan.of_levels(hidden, plan.log_lambda, operands, options, plan.adaptation)
-    rows = dict(zip((Slot.COARSE_K, Slot.COARSE_V), coarse_rows(wide), strict=True))
+    means = coarse_rows(wide, grid.super_tile)
+    rows = dict(zip((Slot.COARSE_K, Slot.COARSE_V), means, strict=True))
     exact_out, exact_lse, _ = forward(
         wide | rows | fine.operands(),
-        dataclasses.replace(options, query_tile=grid.query_tile),
+        options.planned(grid),
         implementation,
     )
 

@@ -104,7 +104,7 @@ class ResolutionState:
         if not 0 < threshold < float("inf"):
             raise ValueError(f"threshold: got {threshold}, expected a positive number")
         batch = q[0] if len(q) == 4 else 1
-        grid = Grid(q[-3], k[-3], q[-2], k[-2], adaptation.query_tile)
+        grid = adaptation.grid(q[-3], k[-3], q[-2], k[-2])
         state = cls.of_grid(grid, batch, threshold, seed)
         if adaptation.replan_every == 1:
             return state

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_aat.levels import GRANULE, KEY_TILE, SUPER_TILE, Grid
+from jax_aat.levels import GRANULE, KEY_TILE, Grid
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pyramid import Blocks
 
@@ -113,8 +113,8 @@ class Keys:
         lengths = operands.get(Slot.KV_LENGTHS)
         k, v = (operands[slot].astype(jnp.float32) for slot in (Slot.K, Slot.V))
         granules, fine = Blocks.of(k, GRANULE, lengths), Blocks.of(k, FINE, lengths)
-        super_keys, key_tiles = (Blocks.of(k, size, lengths) for size in (SUPER_TILE, KEY_TILE))
-        values, super_values = Blocks.of(v, GRANULE, lengths), Blocks.of(v, SUPER_TILE, lengths)
+        super_keys, super_values = (Blocks.of(x, grid.super_tile, lengths) for x in (k, v))
+        key_tiles, values = Blocks.of(k, KEY_TILE, lengths), Blocks.of(v, GRANULE, lengths)
 
         def by_head(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x, 2, 1)

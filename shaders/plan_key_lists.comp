@@ -8,14 +8,6 @@
 #define STAGE_COUNT 0
 #define STAGE_LIST 1
 
-#define EVEN_BITS 0x55555555u
-
-// Of the fields of a word those at a level, in their lower bits.
-uint fields_at(uint word, uint level) {
-  uint differing = word ^ (level * EVEN_BITS);
-  return ~(differing | differing >> 1) & EVEN_BITS;
-}
-
 bool sees_keys(View levels, uint key_tile) {
   uint granule = key_tile * KEY_TILE_GRANULES;
   uint word = load_word(levels.base, granule / LEVEL_GRANULES);

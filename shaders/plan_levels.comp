@@ -9,9 +9,9 @@ const float MARGIN = 1.2;
 const float INVERSE_MARGIN = 1.0 / 1.2;
 const uint WORDS = THREADS / LEVEL_GRANULES;
 const uint SUPER_TILES = THREADS / SUPER_TILE_GRANULES;
+const uint SUPER_TILE_WORDS = SUPER_TILE_GRANULES / LEVEL_GRANULES;
 
 shared uint level_words[WORDS];  // of THREADS granules
-shared uint super_tiles[SUPER_TILES];
 shared uvec3 totals;  // full granules, those at level 0, coarse rows
 
 // The upper half of a float32, of which those below 0 count as 0.
@@ -51,7 +51,6 @@ void main() {
   for (uint base = 0; base < granules; base += THREADS) {
     barrier();
     if (self < WORDS) level_words[self] = 0;
-    if (self < SUPER_TILES) super_tiles[self] = 0;
     barrier();
     uint granule = base + self;
     uint level = LEVEL_HIDDEN;
@@ -69,7 +68,6 @@ void main() {
       level = allowed_level(level, bounds);
       if (level == LEVEL_EXACT) own += uvec3(bounds.full ? 1 : 0, 1, 0);
       if (level == LEVEL_MEAN) ++own.z;
-      if (level == LEVEL_SUPER_MEAN) super_tiles[self / SUPER_TILE_GRANULES] = 1;
     }
     atomicOr(level_words[self / LEVEL_GRANULES], level << (2 * (self % LEVEL_GRANULES)));
     barrier();
@@ -77,7 +75,13 @@ void main() {
     if (self < WORDS && word < divide_up(granules, LEVEL_GRANULES)) {
       Words(levels.base).word[word] = level_words[self];
     }
-    if (self < SUPER_TILES) own.z += super_tiles[self];
+    if (self < SUPER_TILES) {
+      uint listed = 0;
+      for (uint i = 0; i < SUPER_TILE_WORDS; ++i) {
+        listed |= fields_at(level_words[self * SUPER_TILE_WORDS + i], LEVEL_SUPER_MEAN);
+      }
+      if (listed != 0) ++own.z;
+    }
   }
   atomicAdd(totals.x, own.x);
   atomicAdd(totals.y, own.y);

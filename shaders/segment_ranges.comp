@@ -34,7 +34,7 @@ void main() {
   }
   uint granule = group * SUPER_TILE_GRANULES + self;
   // The first granule of a super-tile exists; the others repeat its first id.
-  ivec2 ids = ivec2(key_segment(group * SUPER_TILE_GRANULES * GRANULE_ROWS));
+  ivec2 ids = ivec2(key_segment(group * SUPER_TILE_ROWS));
   if (granule < granules) {
     uint first = granule * GRANULE_ROWS;
     uint end = min(first + GRANULE_ROWS, call.keys);

@@ -3,7 +3,7 @@
 // one key/value head. A thread keeps to one quad of columns of every so many granules.
 #include "common/moments.glsl"
 
-layout(constant_id = 12) const uint HALVES = 0;  // keys are summarised for cooperative matrices
+layout(constant_id = 13) const uint HALVES = 0;  // keys are summarised for cooperative matrices
 
 shared vec2 row_sums[THREADS];
 shared vec4 super_values[QUADS];

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_aat.levels import EXACT, GRANULE, HIDDEN, MEAN, SUPER_MEAN, SUPER_TILE, Grid
+from jax_aat.levels import EXACT, GRANULE, HIDDEN, MEAN, SUPER_MEAN, Grid
 from jax_aat.problem import Slot
 
 Array = np.ndarray[Any, Any]
@@ -43,8 +43,8 @@ def random_levels(rng: np.random.Generator, grid: Grid, visible: Array, full: Ar
         levels[index] = rng.choice(choices) if some.any() else HIDDEN
         whole_super_tile[index] = every
     for batch, chunk, tile in np.ndindex(levels.shape[:-1]):
-        for start in range(0, grid.granules, SUPER_TILE // GRANULE):
-            part = slice(start, start + SUPER_TILE // GRANULE)
+        for start in range(0, grid.granules, grid.super_tile_granules):
+            part = slice(start, start + grid.super_tile_granules)
             if not whole_super_tile[batch, chunk, tile, part].all():
                 continue
             own = levels[batch, chunk, tile, part]
@@ -66,11 +66,12 @@ def tiles_of(grid: Grid, levels: Array, visible: Array) -> dict[tuple[int, int, 
     for at in np.ndindex(levels.shape[:-1]):
         exact = np.flatnonzero(levels[at] == EXACT).tolist()
         full = [g for g in exact if rows_of(grid, visible, (*at, g)).all()]
-        sizes = grid.granule_sizes
-        coarse = {int(g): int(sizes[g]) for g in np.flatnonzero(levels[at] == MEAN)}
+        keys_of = grid.granule_sizes
+        coarse = {int(g): int(keys_of[g]) for g in np.flatnonzero(levels[at] == MEAN)}
+        size = grid.super_tile_granules
         for j in range(grid.super_tiles):
-            part = slice(j * SUPER_TILE // GRANULE, (j + 1) * SUPER_TILE // GRANULE)
-            keys = int(sizes[part][levels[at][part] == SUPER_MEAN].sum())
+            part = slice(j * size, (j + 1) * size)
+            keys = int(keys_of[part][levels[at][part] == SUPER_MEAN].sum())
             if keys:
                 coarse[grid.granules + j] = keys
         tiles[at] = Tile(full, [g for g in exact if g not in full], coarse)

@@ -29,6 +29,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     query_tile: int = 16
+    super_tile: int = 256
     bias: tuple[int, ...] | None = None
     mask: tuple[int, ...] | None = None
     lengths: bool = False
@@ -38,7 +39,7 @@ class Case:
 
 CAUSAL = ("is_causal", True)
 CASES = {
-    "lengths": Case(keys=1100, heads=2, query_tile=32, lengths=True),
+    "lengths": Case(keys=1100, heads=2, query_tile=32, super_tile=1024, lengths=True),
     "causal": Case(queries=150, keys=150, heads=8, kv_heads=1, query_tile=32, options=(CAUSAL,)),
     "bias of queries": Case(
         queries=40, keys=1300, bias=(1, 4, 40, 1), options=(CAUSAL, ("logits_soft_cap", 1.5))
@@ -99,8 +100,9 @@ class Call:
         checked = arguments.check(
             q, k, v, options.get("bias"), options.get("mask"), **self._every_option()
         )
-        self.grid = Grid(case.queries, case.keys, case.heads, case.kv_heads, case.query_tile)
-        self.options = dataclasses.replace(checked.options, query_tile=case.query_tile)
+        lengths, heads = (case.queries, case.keys), (case.heads, case.kv_heads)
+        self.grid = Grid(*lengths, *heads, case.query_tile, case.super_tile)
+        self.options = checked.options.planned(self.grid)
         shape = (2, self.grid.lists, self.grid.tiles, self.grid.granules)
         level = jnp.asarray(rng.integers(0, 4, shape))
         self.level, words, lists = planned(level, checked.operands, self.options, self.grid)
@@ -141,6 +143,7 @@ class Call:
             level_bias=level_bias,
             levels=self.operands[Slot.LEVELS],
             query_tile=self.grid.query_tile,
+            super_tile=self.grid.super_tile,
             **self._every_option(),
         )
 

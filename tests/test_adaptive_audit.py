@@ -14,7 +14,7 @@ from jax_aat.levels import Grid, pack_levels
 from jax_aat.problem import Operands, Options, Slot
 
 B, T, S, N, K, H = 2, 100, 120, 4, 2, 8
-GRID = Grid(T, S, N, K, query_tile=32)
+GRID = Grid(T, S, N, K, query_tile=32, super_tile=256)
 
 CASES = {
     "plain": {},

@@ -17,7 +17,7 @@ from jax_aat.audit import Audit
 from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, settled
 from jax_aat.state import REST, ResolutionState, resolution_change
 
-GRID = Grid(1024, 1024, 4, 2, 128)  # two lists of two heads
+GRID = Grid(1024, 1024, 4, 2, 128, 1024)  # two lists of two heads
 ROWS, STEPS = 16, 200
 
 

@@ -40,6 +40,7 @@ class Case:
         kv_heads: int | None = None,
         head_dim: int = 32,
         query_tile: int = 32,
+        super_tile: int = 256,
         dtype: str = "float32",
         level_bias: bool = True,
         bias: tuple[int, ...] | None = None,
@@ -49,7 +50,7 @@ class Case:
         **conditions,
     ):
         kv_heads = kv_heads or heads
-        self.grid = grid = Grid(queries, keys, heads, kv_heads, query_tile)
+        self.grid = grid = Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
         self.dtype = dtype
 
         def normal(*shape: int) -> Array:
@@ -95,7 +96,7 @@ class Case:
         self.operands |= plan_of(grid, self.levels, self.seen)
         self.operands = {slot: jnp.asarray(x) for slot, x in self.operands.items()}
         self.options = Options(
-            scale, problem.causal, problem.window, problem.soft_cap, query_tile=query_tile
+            scale, problem.causal, problem.window, problem.soft_cap, query_tile, super_tile
         )
 
     @property
@@ -123,6 +124,7 @@ class Case:
             levels=operands[Slot.LEVELS],
             level_bias=operands.get(Slot.LEVEL_BIAS),
             query_tile=self.options.query_tile,
+            super_tile=self.options.super_tile,
             scale=problem.scale,
             is_causal=problem.causal,
             query_seq_lengths=operands.get(Slot.Q_LENGTHS),
@@ -151,7 +153,7 @@ CASES = {
     "causal": dict(queries=150, keys=150, causal=True),
     "ragged": dict(queries=45, keys=77, query_tile=16),
     "one_tile": dict(queries=9, keys=40, query_tile=128),
-    "long": dict(queries=70, keys=2100, query_tile=64, batch=1),
+    "long": dict(queries=70, keys=2100, query_tile=64, super_tile=1024, batch=1),
     "long_causal": dict(queries=2070, keys=2070, query_tile=128, batch=1, heads=1, causal=True),
     "groups": dict(heads=8, kv_heads=2, causal=True, query_tile=64),
     "chunks": dict(heads=6, kv_heads=1, query_tile=16, batch=1),
@@ -170,6 +172,7 @@ CASES = {
     "no_keys_but_many": dict(keys=1100, queries=20, batch=1, dtype="float16"),
     "float16": dict(dtype="float16", causal=True, heads=4, kv_heads=2),
     "bfloat16": dict(dtype="bfloat16", queries=130, keys=200, query_tile=64),
+    "bfloat16_wide": dict(dtype="bfloat16", queries=130, keys=200, query_tile=64, head_dim=128),
 }
 
 

@@ -81,7 +81,7 @@ def test_rows_are_drawn_from_every_part_and_what_is_left_out_is_said() -> None:
 
 def plan_of(case: Case) -> jax_aat.TilePlan:
     """Levels at random, few of them exact, as far as blocks look at a plan."""
-    grid = Grid(case.queries, case.keys, case.heads, case.kv_heads, 64)
+    grid = Grid(case.queries, case.keys, case.heads, case.kv_heads, 64, 1024)
     generator = np.random.default_rng(0)
     shape = (case.batch, grid.lists, grid.tiles, grid.granules)
     level = generator.choice([EXACT, MEAN, HIDDEN], shape, p=[0.03, 0.4, 0.57])

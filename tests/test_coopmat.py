@@ -1,13 +1,16 @@
 """The cooperative-matrix kernels against a float64 oracle, where a device has the matrices."""
 
 from dataclasses import replace
+from functools import partial
 
+import comparison
+import jax
 import numpy as np
 import pytest
 from oracle import Attention, relative_error
 from test_kernels import TOLERANCE, backward, forward, make, normal
 
-from jax_aat import vulkan
+from jax_aat import Adaptation, plan_tiles, tiled_attention, vulkan
 from jax_aat.problem import Slot
 
 # Several tiles of 128 rows and blocks of 64, cut by the ends of the sequences.
@@ -90,6 +93,34 @@ def test_one_gradient_alone(wanted):
     together = backward(problem, out, logsumexp, cotangents, everything)[wanted]
     alone = backward(problem, out, logsumexp, cotangents, [wanted])[wanted]
     np.testing.assert_array_equal(alone, together)
+
+
+def operand(rng, heads, head_dim):
+    return comparison.normal(rng, 2, 700, heads, head_dim).astype("bfloat16")
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("query_tile", [64, 128])
+def test_plans(query_tile, head_dim, rng):
+    require_matrices("bfloat16")
+    q, dout = (operand(rng, 8, head_dim) for _ in range(2))
+    k, v = (operand(rng, 2, head_dim) for _ in range(2))
+    adaptation = Adaptation(budget=0.5, query_tile=query_tile)
+    plan = plan_tiles(q, k, v, adaptation, is_causal=True, implementation="xla")
+
+    def run(implementation, *operands):
+        attention = partial(tiled_attention, implementation=implementation, is_causal=True)
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, plan=plan), *operands)
+        return out, *pull(dout.astype(out.dtype))
+
+    found = run("vulkan", q, k, v)
+    ran = vulkan.last_dispatch().kernels
+    for kernel in ("dq", "dkv"):
+        assert f"attend_backward_{kernel}_coopmat.bf16" in ran
+    expected = run("xla", *(x.astype("float32") for x in (q, k, v)))
+    tolerances = (TOLERANCE["bfloat16"][0], *(TOLERANCE["bfloat16"][1],) * 3)
+    for x, reference, tolerance in zip(found, expected, tolerances, strict=True):
+        assert relative_error(x, reference) <= tolerance
 
 
 def growing(problem):

@@ -1,5 +1,7 @@
 """Routing of long sequences: each tile looks into its foremost key tiles only."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,13 @@ import pytest
 from comparison import normal
 
 from jax_aat import Adaptation, hierarchy, plan_tiles, tiled_attention
-from jax_aat.levels import EXACT, HIDDEN, SUPER_MEAN, Grid, unpack_levels
+from jax_aat.levels import EXACT, HIDDEN, SUPER_MEAN, unpack_levels
 from jax_aat.problem import Options, Slot
 from jax_aat.router import break_even, planning_flops
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 4096, 4, 2, 8
-ADAPTATION = Adaptation(budget=0.2, query_tile=128)
-GRID = Grid(LENGTH, LENGTH, HEADS, KV_HEADS, 128)
+ADAPTATION = Adaptation(budget=0.2, query_tile=128, super_tile=1024)
+GRID = ADAPTATION.grid(LENGTH, LENGTH, HEADS, KV_HEADS)
 CAUSAL = Options(HEAD_DIM**-0.5, causal=True)
 
 
@@ -68,7 +70,7 @@ def test_looks_into_the_key_tiles_that_are_asked_for(rng, half_judged):
 
 def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
     operands = operands_of(rng)
-    stage_1 = Adaptation(budget=0.2, query_tile=128, stages=1, levels=(0, 1))
+    stage_1 = dataclasses.replace(ADAPTATION, stages=1, levels=(0, 1))
 
     def planning():
         return float(jax.jit(lambda x: planning_flops(x, CAUSAL, GRID, stage_1))(operands)[0])
@@ -96,7 +98,7 @@ def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
 def test_what_is_not_judged_is_never_exact(levels, rng, half_judged):
     operands = operands_of(rng)
     q, k, v = (operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))
-    adaptation = Adaptation(budget=0.2, levels=levels)
+    adaptation = dataclasses.replace(ADAPTATION, levels=levels)
     plan = plan_tiles(q, k, v, adaptation, is_causal=True).validate()
     level = np.asarray(unpack_levels(plan.levels, GRID.granules))
     by_key_tile = (level == EXACT).reshape(*level.shape[:3], 32, 8).any(-1)

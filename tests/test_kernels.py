@@ -46,6 +46,7 @@ def call(direction, problem, operands=None, results=None):
         window_left=np.int32(problem.window[0]),
         window_right=np.int32(problem.window[1]),
         query_tile=np.uint32(0),
+        super_tile=np.uint32(0),
         level_count=np.uint32(0),
         candidate_share=np.float32(0),
         floor_share=np.float32(0),

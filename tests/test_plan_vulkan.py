@@ -75,7 +75,7 @@ class Case:
         prices="ordinary",
         dtype="float32",
     ) -> "Case":
-        grid = Grid(queries, keys, heads, kv_heads, adaptation.query_tile)
+        grid = adaptation.grid(queries, keys, heads, kv_heads)
         operands = {
             Slot.Q: normal(rng, batch, queries, heads, 8, dtype=dtype),
             Slot.K: normal(rng, batch, keys, kv_heads, 8, dtype=dtype),
@@ -265,7 +265,7 @@ def test_shard_map_over_the_batch(rng):
 def test_lists_that_are_too_short_are_cut(rng):
     """Whatever there is no room for is left out, and nothing is written behind the end."""
     case = Case.random(rng, 300, 600, adaptation=threshold())
-    options = dataclasses.replace(case.options, query_tile=128, level_count=3)
+    options = dataclasses.replace(case.options.planned(case.grid), level_count=3)
     expected = case.expected()
     del expected[Slot.LAMBDA]
     for slot in (Slot.LIST_ENTRIES, Slot.KEY_LIST_ENTRIES):
@@ -281,17 +281,17 @@ def test_lists_that_are_too_short_are_cut(rng):
         ({Slot.LAMBDA: None}, "lambda is missing among the arguments"),
         ({Slot.SPARE_ROWS: (2,)}, "slot 33 is not among the arguments"),
         ({Slot.BIAS: (2, 1, 1, 1)}, "slot 3 is not among the arguments"),
-        ({Slot.PRICES: (2, 2, 2, 6)}, "prices has size 6"),
+        ({Slot.PRICES: (2, 2, 4, 6)}, "prices has size 6"),
         ({"level_count": 0}, "1 to 3 levels"),
         ({"query_tile": 0}, "power of two"),
+        ({"super_tile": 128}, "256, 512 or 1024 keys; got 128"),
     ],
     ids=str,
 )
 def test_refusals(rng, changed, words):
     case = Case.random(rng, 100, 100, adaptation=threshold())
-    numbers = {"query_tile": 128, "level_count": 3}
-    numbers |= {name: x for name, x in changed.items() if isinstance(name, str)}
-    options = dataclasses.replace(case.options, **numbers)
+    numbers = {name: x for name, x in changed.items() if isinstance(name, str)}
+    options = dataclasses.replace(case.options.planned(case.grid), **{"level_count": 3} | numbers)
     for slot, shape in changed.items():
         if isinstance(slot, Slot):
             case.operands.pop(slot, None)

@@ -51,13 +51,15 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def plan_of(levels: Any, grid: Grid, adaptation: Adaptation | None = None) -> TilePlan:
     """A causal plan of levels [B, L, I, granules], for pictures: its lists are empty."""
-    adaptation = adaptation or Adaptation(budget=0.5, query_tile=grid.query_tile)
+    adaptation = adaptation or Adaptation(
+        budget=0.5, query_tile=grid.query_tile, super_tile=grid.super_tile
+    )
     unfilled = TilePlan.unfilled(grid, adaptation, True, (-1, -1), len(levels))
     return dataclasses.replace(unfilled, levels=jnp.asarray(packed(np.asarray(levels))))
 
 
 # Four query heads over two: 2 lists, tiles of 16 positions; 4 tiles x 4 granules.
-SMALL = Grid(queries=64, keys=60, heads=4, kv_heads=2, query_tile=32)
+SMALL = Grid(queries=64, keys=60, heads=4, kv_heads=2, query_tile=32, super_tile=256)
 X = HIDDEN
 FIRST = [[0, X, X, X], [1, 0, X, X], [2, 1, 0, X], [2, 2, 1, 0]]
 SECOND = [[0, X, X, X], [0, 0, X, X], [0, 0, 0, X], [0, 0, 0, 0]]
@@ -88,7 +90,7 @@ def test_resolution_map_has_a_panel_a_list_and_a_colour_a_level() -> None:
     (legend,) = figure.legends
     labels = {text.get_text() for text in legend.get_texts()}
     assert labels == {
-        *("exact", "mean of 16 keys", "super-tile: mean of up to 1,024 keys", "not visible")
+        *("exact", "mean of 16 keys", "super-tile: mean of up to 256 keys", "not visible")
     }
     swatches = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
     assert swatches == [NAVY, ORANGE, YELLOW, WHITE]
@@ -124,7 +126,9 @@ def test_batch_entry_and_heads_are_chosen_and_axes_may_be_given() -> None:
 
 
 def test_long_sequences_are_drawn_by_the_most_frequent_level(rng: np.random.Generator) -> None:
-    grid = Grid(queries=300 * 16, keys=520 * 16, heads=1, kv_heads=1, query_tile=16)
+    grid = Grid(
+        queries=300 * 16, keys=520 * 16, heads=1, kv_heads=1, query_tile=16, super_tile=1024
+    )
     level = rng.integers(0, 4, (300, 520))
     level[:2, :4] = HIDDEN
     level[:2, 4:8] = [[MEAN, HIDDEN, HIDDEN, HIDDEN], [SUPER_MEAN, MEAN, HIDDEN, HIDDEN]]

@@ -75,6 +75,12 @@ def test_stages_and_levels(stages, levels, rng):
     assert_alike(clustered(rng, 70, 1300), Options(SCALE), adaptation)
 
 
+@pytest.mark.parametrize("super_tile", [512, 1024])  # 256 by default
+def test_super_tiles(super_tile, rng):
+    adaptation = Adaptation(budget=0.25, query_tile=32, super_tile=super_tile)
+    assert_alike(clustered(rng, 70, 1300), Options(SCALE), adaptation)
+
+
 @pytest.mark.parametrize("goal", [{"budget": 0.9}, {"budget": 0.03}, {"threshold": 0.01}])
 def test_goals(goal, rng):
     assert_alike(clustered(rng, 70, 1300), Options(SCALE), Adaptation(**goal, query_tile=32))

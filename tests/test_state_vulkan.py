@@ -42,6 +42,7 @@ class Case:
         causal=True,
         corrects=True,
         query_tile=64,
+        super_tile=1024,
         threshold=None,
         q_lengths=None,
         kv_lengths=None,
@@ -59,10 +60,11 @@ class Case:
         if threshold is None:
             # So that all levels occur; predicted errors are squares of probabilities.
             threshold = 1e-4 if causal else 3e-5 * (1100 / keys) ** 2
-        adaptation = Adaptation(threshold=threshold, query_tile=query_tile)
+        adaptation = Adaptation(threshold=threshold, query_tile=query_tile, super_tile=super_tile)
         options = Options(head_dim**-0.5, causal)
         operands |= planned(operands, options, adaptation).operands()
-        options = dataclasses.replace(options, query_tile=query_tile, corrects=corrects)
+        grid = adaptation.grid(queries, keys, heads, kv_heads)
+        options = dataclasses.replace(options.planned(grid), corrects=corrects)
         return cls(operands, options, dtype)
 
     @property
@@ -86,6 +88,7 @@ CASES = {
     "fewer_keys": dict(queries=2200, keys=1040, heads=2, kv_heads=1),
     "lengths": dict(batch=3, causal=False, q_lengths=[1100, 900, 5], kv_lengths=[1080, 600, 3]),
     "lengths_causal": dict(batch=2, q_lengths=[1100, 1050], kv_lengths=[1024, 0]),
+    "super_tiles": dict(queries=700, keys=700, super_tile=256),
     "six_heads": dict(heads=6, kv_heads=1, query_tile=16),
     "single_heads": dict(heads=3, kv_heads=3),
     "odd_head": dict(heads=2, kv_heads=1, head_dim=35),

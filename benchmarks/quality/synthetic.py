@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
+from library import LIBRARY
 from model import default_dtype
-from ours import OURS
+from tabulate import tabulate
 from tqdm import tqdm
 
-CONTENDERS = {contender.name: contender for contender in [OURS, *BASELINES]}
+CONTENDERS = {contender.name: contender for contender in [LIBRARY, *BASELINES]}
 WIDTHS = (1, 8)
 """Keys of a needle."""
 
@@ -104,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def compiled(contender: Contender) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The attention of a contender, as a function of query, key, value and parameters."""
 
-    @jax.jit
+    @partial(jax.jit, static_argnums=(3,) if contender.static else ())
     def attention(q: Any, k: Any, v: Any, parameters: Any) -> tuple[jax.Array, jax.Array]:
         q, k, v = (x.astype(default_dtype()) for x in (q, k, v))
         out, spent = contender.attend(q, k, v, parameters)
@@ -166,7 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"device": jax.devices()[0].device_kind, **vars(sizes)}
     args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    print(report(rows, args.fractions))
+    table = report(rows, args.fractions)
+    args.output.with_suffix(".md").write_text(table + "\n")
+    print(table)
 
 
 def report(rows: list[dict[str, Any]], fractions: list[float]) -> str:
@@ -175,12 +178,13 @@ def report(rows: list[dict[str, Any]], fractions: list[float]) -> str:
     for row in rows:
         key = (row["case"], row["contender"], row["fraction"])
         cells.setdefault(key, []).append(row.get("found", row.get("error")))
-    lines = [" " * 46 + "".join(f"{fraction:9.4g}" for fraction in fractions)]
+    lines = []
     for case, contender in dict.fromkeys((case, contender) for case, contender, _ in cells):
         figure = "found" if "needle" in case else "error of o"
-        shown = [f"{np.mean(cells[case, contender, fraction]):9.4f}" for fraction in fractions]
-        lines.append(f"{case:14s} {figure:14s} {contender:17s}" + "".join(shown))
-    return "\n".join(lines)
+        shown = [f"{np.mean(cells[case, contender, fraction]):.4f}" for fraction in fractions]
+        lines.append([case, figure, contender, *shown])
+    headers = ["case", "figure", "contender", *(f"{fraction:.4g}" for fraction in fractions)]
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ namespace {
 constexpr std::uint32_t kSubgroupSize = 32;
 constexpr std::uint32_t kMaxHeadDim = 128;
 constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
+// Rows of the smallest query tile of a plan that has matrix kernels, of which a subgroup takes 16.
+constexpr std::uint32_t kSmallTile = 64;
 
 // Upper bound of what a kernel declares whose staged rows have at most so many columns.
 std::uint32_t SharedBytes(Kernel kernel, const KernelShape& shape, std::uint32_t columns) {
@@ -62,8 +64,13 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
   // The backward kernels have no variant for a cotangent of the residual alone.
   if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return std::nullopt;
   if (problem.features & FEATURE_PLAN) {
-    const std::uint32_t rows = kernel == Kernel::kBackwardDkv ? shape.block_rows : shape.tile_rows;
-    if (rows > PlanTileRows(problem.params)) return std::nullopt;
+    const bool has_query_tiles = kernel != Kernel::kBackwardDkv;
+    const std::uint32_t plan_rows = PlanTileRows(problem.params);
+    if (has_query_tiles && plan_rows == kSmallTile) {
+      shape.tile_rows = kSmallTile;
+      shape.threads = kSmallTile / 16 * kSubgroupSize;
+    }
+    if ((has_query_tiles ? shape.tile_rows : shape.block_rows) > plan_rows) return std::nullopt;
   }
   shape.required_subgroup_size = kSubgroupSize;
   if (SharedBytes(kernel, shape, columns) > traits.max_shared_memory ||

@@ -36,6 +36,7 @@ Dispatch& PlanBuilder::Add(std::string module, const KernelShape& shape, std::ui
       shape.slice_columns,
       RowsAllowVectors(params_, 4) ? 1u : 0u,
       /*transposed=*/0,
+      std::max(1u, params_.super_tile_granules),  // none without a plan
   };
   const std::uint64_t x = std::min<std::uint64_t>(workgroups, traits_.max_workgroup_count);
   const std::uint64_t y = DivideUp(workgroups, x);

@@ -24,6 +24,7 @@ enum Constant {
   kSliceColumns,
   kVectorAccess,
   kTransposed,
+  kSuperTileGranules,
 };
 
 // Features that decide what is visible: all that kernels need to know which make lists.

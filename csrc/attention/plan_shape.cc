@@ -12,7 +12,9 @@ namespace {
 // As in shaders/common/levels.glsl and key_list.glsl.
 constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kLevelGranules = 16;  // of a word
-constexpr std::uint32_t kSuperTileRows = 1024;
+// A super-tile starts a word of levels and a key tile, and has at most so many threads in a
+// workgroup.
+constexpr std::uint32_t kLeastSuperTile = 256, kLargestSuperTile = 1024;
 constexpr std::uint32_t kKeyTileRows = 128;
 constexpr std::uint32_t kMaxCoarseRows = (1u << 20) - 1;
 
@@ -22,16 +24,22 @@ constexpr std::uint32_t DivideUp(std::uint32_t value, std::uint32_t divisor) {
 
 }  // namespace
 
-void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t list_capacity,
-                  std::uint32_t key_list_capacity) {
+void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t super_tile,
+                  std::uint32_t list_capacity, std::uint32_t key_list_capacity) {
   if (query_tile < kGranuleRows || !std::has_single_bit(query_tile)) {
     throw std::invalid_argument(
         "a query tile of a plan must have a power of two of rows, at least 16; got " +
         std::to_string(query_tile));
   }
+  if (super_tile < kLeastSuperTile || super_tile > kLargestSuperTile ||
+      !std::has_single_bit(super_tile)) {
+    throw std::invalid_argument("a super-tile of a plan must have 256, 512 or 1024 keys; got " +
+                                std::to_string(super_tile));
+  }
   params.plan_positions = query_tile / TileHeads(params);
   params.plan_tiles = DivideUp(params.queries, params.plan_positions);
-  params.coarse_rows = Granules(params) + DivideUp(params.keys, kSuperTileRows);
+  params.super_tile_granules = super_tile / kGranuleRows;
+  params.coarse_rows = Granules(params) + DivideUp(params.keys, super_tile);
   if (params.coarse_rows > kMaxCoarseRows) {
     throw std::invalid_argument("a plan serves up to 16 million keys; got " +
                                 std::to_string(params.keys) + ": split the sequence");

@@ -8,8 +8,8 @@
 namespace jax_aat {
 
 // Sets what `params` tells of a plan. Throws std::invalid_argument, in words for the user.
-void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t list_capacity,
-                  std::uint32_t key_list_capacity);
+void SetPlanShape(AttentionParams& params, std::uint32_t query_tile, std::uint32_t super_tile,
+                  std::uint32_t list_capacity, std::uint32_t key_list_capacity);
 
 // Granules along the keys.
 std::uint32_t Granules(const AttentionParams& params);

@@ -14,7 +14,6 @@ namespace {
 constexpr std::uint32_t kWantedThreads = 256;
 constexpr double kNotCounted = std::numeric_limits<double>::quiet_NaN();
 constexpr std::uint32_t kGranuleRows = 16;
-constexpr std::uint64_t kSuperTileRows = 1024;
 constexpr std::uint32_t kRowThreads = 8;      // of a row of level biases
 constexpr std::uint64_t kSquareColumns = 32;  // of a square of outer products
 constexpr std::uint32_t kRowsOfTile = 64;
@@ -101,6 +100,9 @@ class StatePlanner {
     return {shader, Threads(), tile_rows, kGranuleRows};
   }
 
+  std::uint64_t SuperTileRows() const {
+    return std::uint64_t{params_.super_tile_granules} * kGranuleRows;
+  }
   std::uint64_t SuperTiles() const { return params_.coarse_rows - Granules(params_); }
   // Key/value heads of all batch entries.
   std::uint64_t Heads() const { return std::uint64_t{params_.kv_heads} * params_.batch_count; }
@@ -132,13 +134,13 @@ class StatePlanner {
 
   // A kernel whose tiles are rows of queries that see the same state.
   void AddRowKernel(const char* shader, std::uint32_t features) {
-    const std::uint64_t rows = kSuperTileRows * (params_.query_heads / params_.kv_heads);
+    const std::uint64_t rows = SuperTileRows() * (params_.query_heads / params_.kv_heads);
     AddByDtype(shader, features, DivideUp(rows, TileRows()) * Parts() * Heads(), TileRows());
   }
   // So that a thread has a row at least.
   std::uint32_t TileRows() const { return std::max(kRowsOfTile, Threads() / kColumnQuads); }
   // Of the queries, by as many positions as a super-tile has keys.
-  std::uint64_t Parts() const { return DivideUp(params_.queries, kSuperTileRows); }
+  std::uint64_t Parts() const { return DivideUp(params_.queries, SuperTileRows()); }
 
   // Scratch in the dtype of the keys: so many times as many rows as there are coarse ones.
   void AddCoarseRows(std::uint32_t slot, std::uint64_t times = 1) {

@@ -12,14 +12,12 @@ namespace jax_aat {
 namespace {
 
 constexpr std::uint32_t kWantedThreads = 256;
-constexpr std::uint32_t kRangeThreads = 64;  // granules of a super-tile
 constexpr std::uint32_t kCountThreads = 64;
 constexpr std::uint32_t kPriceTiles = 8;  // query tiles whose prices a workgroup counts
 constexpr std::uint32_t kGranuleRows = 16;
 // As in shaders/common/sub_queries.glsl.
 constexpr std::uint32_t kSubQueryPositions = 16;
 constexpr std::uint32_t kFinePositions = 4;
-constexpr std::uint64_t kSuperTileGranules = 64;
 constexpr std::uint64_t kKeyTileGranules = 8;
 // Workgroups of the router, each of which takes many tiles: scratch is not to grow with their
 // number.
@@ -88,8 +86,9 @@ class TilePlanner {
     const std::uint64_t super_tiles = params_.coarse_rows - Granules(params_);
     Dispatch& dispatch =
         Add("segment_ranges", kVisibilityFeatures,
-            (super_tiles + DivideUp(params_.plan_tiles, kRangeThreads)) * params_.batch_count);
-    dispatch.specialization[kThreads] = kRangeThreads;
+            (super_tiles + DivideUp(params_.plan_tiles, params_.super_tile_granules)) *
+                params_.batch_count);
+    dispatch.specialization[kThreads] = params_.super_tile_granules;
   }
 
   // As scratch.
@@ -177,7 +176,7 @@ class TilePlanner {
   // Of one batch entry and key/value head (shaders/common/summaries.glsl).
   std::uint64_t SummaryFloats() const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
-    const std::uint64_t granules = SuperTiles() * kSuperTileGranules;
+    const std::uint64_t granules = SuperTiles() * params_.super_tile_granules;
     const std::uint64_t key_tiles = granules / kKeyTileGranules;
     return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles() +
                 (2 * key_tiles + 15) * quads);

@@ -231,10 +231,10 @@ class CallBuilder {
              " heads of k and v.");
     }
     if (Has(OPERAND_LEVELS)) {
-      SetPlanShape(params(), attributes_.query_tile, trailing(OPERAND_LIST_ENTRIES, 1),
-                   trailing(OPERAND_KEY_LIST_ENTRIES, 1));
+      SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile,
+                   trailing(OPERAND_LIST_ENTRIES, 1), trailing(OPERAND_KEY_LIST_ENTRIES, 1));
     } else if (problem().pass == Pass::kPlan) {
-      SetPlanShape(params(), attributes_.query_tile, 0, 0);
+      SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile, 0, 0);
     }
   }
 

@@ -18,6 +18,7 @@ struct CallAttributes {
   std::int32_t window_left = -1;
   std::int32_t window_right = -1;
   std::uint32_t query_tile = 0;  // rows of a query tile of the plan; 0 without one
+  std::uint32_t super_tile = 0;  // keys of a super-tile of it
   // Of the pass that makes a plan:
   std::uint32_t level_count = 0;
   float candidate_share = 0;

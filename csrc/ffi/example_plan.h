@@ -22,6 +22,7 @@ struct ExampleCall {
   bool causal = false;
   // Of a call with a plan, which a forward pass makes by a budget; 0: there is none.
   std::uint32_t query_tile = 0;
+  std::uint32_t super_tile = 0;
   std::uint32_t level_count = 0;
   float candidate_share = 0;
   std::uint32_t judged_key_tiles = 0;

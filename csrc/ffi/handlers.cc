@@ -17,9 +17,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<std::uint64_t>("results"), StructMember<float>("scale"),
     StructMember<float>("soft_cap"), StructMember<std::int32_t>("causal"),
     StructMember<std::int32_t>("window_left"), StructMember<std::int32_t>("window_right"),
-    StructMember<std::uint32_t>("query_tile"), StructMember<std::uint32_t>("level_count"),
-    StructMember<float>("candidate_share"), StructMember<float>("floor_share"),
-    StructMember<std::uint32_t>("judged_key_tiles"), StructMember<std::uint32_t>("corrects"));
+    StructMember<std::uint32_t>("query_tile"), StructMember<std::uint32_t>("super_tile"),
+    StructMember<std::uint32_t>("level_count"), StructMember<float>("candidate_share"),
+    StructMember<float>("floor_share"), StructMember<std::uint32_t>("judged_key_tiles"),
+    StructMember<std::uint32_t>("corrects"));
 
 namespace jax_aat {
 namespace {

@@ -284,8 +284,9 @@ nb::dict ExamplePlanDict(std::uint32_t device, const std::string& pass, const st
 
 std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const std::string& dtype,
                            const std::array<std::uint32_t, 6>& sizes, bool causal,
-                           std::uint32_t query_tile, std::uint32_t level_count,
-                           float candidate_share, std::uint32_t judged_key_tiles, bool corrects) {
+                           std::uint32_t query_tile, std::uint32_t super_tile,
+                           std::uint32_t level_count, float candidate_share,
+                           std::uint32_t judged_key_tiles, bool corrects) {
   const ExampleCall call = {
       .pass = pass,
       .dtype = dtype,
@@ -297,6 +298,7 @@ std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const 
       .head_dim = sizes[5],
       .causal = causal,
       .query_tile = query_tile,
+      .super_tile = super_tile,
       .level_count = level_count,
       .candidate_share = candidate_share,
       .judged_key_tiles = judged_key_tiles,
@@ -398,7 +400,7 @@ NB_MODULE(_native, m) {
         nb::arg("head_dim"));
   m.def("scratch_bytes", ScratchBytes, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("sizes"), nb::arg("causal") = false, nb::arg("query_tile") = 0,
-        nb::arg("level_count") = 0, nb::arg("candidate_share") = 0.0f,
+        nb::arg("super_tile") = 0, nb::arg("level_count") = 0, nb::arg("candidate_share") = 0.0f,
         nb::arg("judged_key_tiles") = 0, nb::arg("corrects") = false, ReleaseGil());
   m.def(
       "set_timing",

@@ -147,7 +147,7 @@ def _read(path: Path) -> TilePlan:
 def _table(plan: TilePlan) -> Any:
     """Shares of levels and FLOPs, by heads that share tiles."""
     grid = plan.grid
-    options = Options(1.0, plan.causal, plan.window, query_tile=grid.query_tile)
+    options = Options(1.0, plan.causal, plan.window).planned(grid)
     level = np.asarray(unpack_levels(plan.levels, grid.granules))
     seen = level != HIDDEN
     drops = plan.adaptation.levels == (EXACT,)

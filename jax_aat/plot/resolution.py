@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator, StrMethodFormatter
 
 from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, GRANULE, HIDDEN, SUPER_TILE, Grid, unpack_levels
+from jax_aat.levels import EXACT, GRANULE, HIDDEN, Grid, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Options
 from jax_aat.report import LEVEL_NAMES
@@ -23,7 +23,7 @@ COLOURS = ("#16285c", "#d1603d", "#f3c969", "#c3d0dc", "#ffffff")
 LABELS = (
     "exact",
     f"mean of {GRANULE} keys",
-    f"super-tile: mean of up to {SUPER_TILE:,} keys",
+    "super-tile: mean of up to {super_tile:,} keys",
     "left out",
     "not visible",
 )
@@ -92,7 +92,10 @@ def resolution_map(
         figure.legend(
             handles=[
                 Patch(
-                    facecolor=COLOURS[level], edgecolor="black", linewidth=0.5, label=LABELS[level]
+                    facecolor=COLOURS[level],
+                    edgecolor="black",
+                    linewidth=0.5,
+                    label=LABELS[level].format(super_tile=grid.super_tile),
                 )
                 for level in (*levels, *((HIDDEN,) if levels == (EXACT,) else ()), NOT_VISIBLE)
             ],
@@ -122,7 +125,7 @@ def _shown(plan: TilePlan, batch: int) -> Array:
     level = np.asarray(unpack_levels(plan.levels[batch], plan.grid.granules))
     hidden = level == HIDDEN
     if plan.adaptation.levels == (EXACT,):
-        options = Options(1.0, plan.causal, plan.window, query_tile=plan.grid.query_tile)
+        options = Options(1.0, plan.causal, plan.window).planned(plan.grid)
         hidden = hidden & ~np.asarray(boundary({}, options, plan.grid).seen[0])
     return np.where(hidden, NOT_VISIBLE, level)
 

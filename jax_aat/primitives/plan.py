@@ -111,13 +111,14 @@ def _bind(
     primitive: Primitive,
 ) -> list[Any]:
     share = router.judged_share(adaptation)
-    options = dataclasses.replace(options, query_tile=adaptation.query_tile)
+    sizes = extents(operands)
+    grid = adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
     options = dataclasses.replace(
-        options,
+        options.planned(grid),
         level_count=len(adaptation.levels),
         candidate_share=router.candidate_share(adaptation),
         floor_share=router.floor_share(adaptation),
-        judged_key_tiles=judged_key_tiles(operands, _grid(operands, options), share),
+        judged_key_tiles=judged_key_tiles(operands, grid, share),
     )
     return rules.bind(
         primitive,
@@ -130,15 +131,11 @@ def _bind(
     )
 
 
-def _grid(operands: Operands, options: Options) -> Grid:
-    sizes = extents(operands)
-    return Grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads, options.query_tile)
-
-
 def _result_types(
     operands: Operands, *, options: Options, results: Sequence[Slot], **_: Any
 ) -> dict[Slot, jax.ShapeDtypeStruct]:
-    grid, batch = _grid(operands, options), extents(operands).batch
+    sizes = extents(operands)
+    grid, batch = options.grid(sizes), sizes.batch
     capacity = Capacity.of(grid, options.causal, options.window)
     tiles = (grid.lists, grid.tiles)
     shapes = {
@@ -156,7 +153,6 @@ def _result_types(
         )
         for slot, shape in shapes.items()
     }
-    sizes = extents(operands)
     for slot in _ATTENTION:
         dtype = operands[Slot.Q].dtype if slot is Slot.OUT else jnp.float32
         types[slot] = jax.ShapeDtypeStruct(sizes.shape(slot), dtype)
@@ -167,7 +163,8 @@ def _planned(
     operands: Operands, *, options: Options, adaptation: Adaptation, results: Sequence[Slot]
 ) -> list[jax.Array]:
     """The same in jax.numpy, where a platform has no custom call."""
-    grid, batch = _grid(operands, options), extents(operands).batch
+    sizes = extents(operands)
+    grid, batch = options.grid(sizes), sizes.batch
 
     def flat(slot: Slot, x: jax.Array) -> jax.Array:
         return over_batch(slot, x, batch).reshape(math.prod(batch), *x.shape[len(batch) :])

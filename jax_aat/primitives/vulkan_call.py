@@ -46,6 +46,7 @@ def vulkan_call(
         window_left=np.int32(options.window[0]),
         window_right=np.int32(options.window[1]),
         query_tile=np.uint32(options.query_tile),
+        super_tile=np.uint32(options.super_tile),
         level_count=np.uint32(options.level_count),
         candidate_share=np.float32(options.candidate_share),
         floor_share=np.float32(options.floor_share),

@@ -24,8 +24,8 @@ Boundary boundary_of(uint tile, uint granule) {
   int valid_last = min(last, int(query_limit) - 1);
   int start = int(granule * GRANULE_ROWS);
   int stop = min(start + GRANULE_ROWS, int(call.keys)) - 1;
-  int super_start = int(super_tile * SUPER_TILE_GRANULES * GRANULE_ROWS);
-  int super_stop = min(super_start + SUPER_TILE_GRANULES * GRANULE_ROWS, int(key_limit)) - 1;
+  int super_start = int(super_tile * SUPER_TILE_ROWS);
+  int super_stop = min(super_start + int(SUPER_TILE_ROWS), int(key_limit)) - 1;
 
   Boundary found;
   found.seen = first < int(query_limit) && start < int(key_limit);

@@ -6,7 +6,7 @@
 #define LEVEL_MEAN 1
 #define LEVEL_SUPER_MEAN 2
 #define LEVEL_GRANULES 16      // of a word of the map
-#define SUPER_TILE_GRANULES 64
+const uint SUPER_TILE_ROWS = SUPER_TILE_GRANULES * GRANULE_ROWS;
 #define PLAN_KEY_ROWS 128  // of a key tile: those of a transposed list
 #define KEY_TILE_GRANULES (PLAN_KEY_ROWS / GRANULE_ROWS)
 
@@ -23,7 +23,7 @@ uint first_key_of(uint coarse_row) {
   uint granules = granule_count();
   return coarse_row < granules
              ? coarse_row * GRANULE_ROWS
-             : (coarse_row - granules) * (SUPER_TILE_GRANULES * GRANULE_ROWS);
+             : (coarse_row - granules) * SUPER_TILE_ROWS;
 }
 
 uint granule_keys(uint granule) {
@@ -34,6 +34,14 @@ uint granule_keys(uint granule) {
 uint plan_tile_heads() {
   uint group = PARAMS.query_heads / PARAMS.kv_heads;
   return min(group & (~group + 1), 16);
+}
+
+#define EVEN_BITS 0x55555555u
+
+// Of the fields of a word those at a level, in their lower bits.
+uint fields_at(uint word, uint level) {
+  uint differing = word ^ (level * EVEN_BITS);
+  return ~(differing | differing >> 1) & EVEN_BITS;
 }
 
 // The words of one query tile; `list` is its head chunk.

@@ -2,7 +2,7 @@
 // one: each takes a part and has sums of its own, which sum_parts.comp adds up.
 #include "common/key_list.glsl"
 
-layout(constant_id = 12) const uint LIST_PARTS = 1;
+layout(constant_id = 13) const uint LIST_PARTS = 1;
 
 PlanList part_of(PlanList list, uint part) {
   uint first = list.count * part / LIST_PARTS, end = list.count * (part + 1) / LIST_PARTS;

@@ -136,9 +136,10 @@ struct AttentionParams {
   uint key_list_capacity;
   uint score_gradient_heads;  // key/value heads whose dS there is room for
   // Of a plan:
-  uint plan_positions;       // of a query tile; a power of two
-  uint plan_tiles;           // of queries
-  uint coarse_rows;          // of granules and super-tiles
+  uint plan_positions;  // of a query tile; a power of two
+  uint plan_tiles;      // of queries
+  uint super_tile_granules;
+  uint coarse_rows;  // of granules and super-tiles
   // Of a call that makes one:
   uint level_count;       // levels in use: 1: exact or hidden, 2: means of granules, 3: of super-tiles
   float candidate_share;  // of the granules that a tile sees, those that the router judges twice

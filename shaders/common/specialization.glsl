@@ -14,5 +14,7 @@ layout(constant_id = 9) const uint SLICE_COLUMNS = 32; // columns of head_dim in
 layout(constant_id = 10) const uint VECTOR_ACCESS = 1; // rows are loaded and stored by four columns
 // work_lists only.
 layout(constant_id = 11) const uint TRANSPOSED = 0;    // 1: lists of queries by key tile
+// Of calls with a plan.
+layout(constant_id = 12) const uint SUPER_TILE_GRANULES = 64;
 
 bool has(uint feature) { return (FEATURES & feature) != 0; }

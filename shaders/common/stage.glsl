@@ -1,2 +1,2 @@
 // Of a planning kernel that runs in several dispatches: which one this is.
-layout(constant_id = 12) const uint STAGE = 0;
+layout(constant_id = 13) const uint STAGE = 0;

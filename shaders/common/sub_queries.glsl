@@ -3,11 +3,11 @@
 // mean and a mean square.
 #include "common/summaries.glsl"
 
-layout(constant_id = 12) const uint LEVELS = 3;  // in use: 1: exact, 2: and means, 3: of super-tiles
-layout(constant_id = 13) const uint STAGES = 2;
+layout(constant_id = 13) const uint LEVELS = 3;  // in use: 1: exact, 2: and means, 3: of super-tiles
+layout(constant_id = 14) const uint STAGES = 2;
 // 1: a tile looks into its foremost key tiles only (common/foremost.glsl).
-layout(constant_id = 14) const uint FOREMOST = 0;
-layout(constant_id = 15) const uint SHARED_NOTES = 1;  // of shared memory; 1: they lie in the slab
+layout(constant_id = 15) const uint FOREMOST = 0;
+layout(constant_id = 16) const uint SHARED_NOTES = 1;  // of shared memory; 1: they lie in the slab
 
 const uint TILE_POSITIONS = TILE_ROWS / TILE_HEADS;
 const uint SUB_POSITIONS = TILE_POSITIONS < 16 ? TILE_POSITIONS : 16;

@@ -3,7 +3,6 @@
 #include "common/levels.glsl"
 
 const uint QUADS = (HEAD_DIM + 3) / 4;  // columns past HEAD_DIM are zero
-const uint SUPER_TILE_ROWS = SUPER_TILE_GRANULES * GRANULE_ROWS;
 const uint PARTS = 4;  // of a granule, each of PART_ROWS keys
 const uint PART_ROWS = GRANULE_ROWS / PARTS;
 

@@ -145,7 +145,7 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
   int barriers = 0, kernels = 0;
   for (const Dispatch& dispatch : plan.dispatches) {
     const auto& constants = dispatch.specialization;
-    EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 13 : 12));
+    EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
     EXPECT(constants[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);

@@ -73,8 +73,8 @@ inline void SetLayout(Random& random, AttentionParams& params, int slot, std::ve
 // Makes the call adaptive.
 inline void AddRandomPlan(Random& random, AttentionProblem& problem) {
   AttentionParams& params = problem.params;
-  SetPlanShape(params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {4, 1000}),
-               Pick(random, {1, 1000}));
+  SetPlanShape(params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {256, 512, 1024}),
+               Pick(random, {4, 1000}), Pick(random, {1, 1000}));
   problem.features &= ~FEATURE_DBIAS;
   problem.features |= FEATURE_PLAN;
   for (const std::uint32_t feature : {FEATURE_LEVEL_BIAS, FEATURE_DCOARSE_K, FEATURE_DCOARSE_V,

@@ -38,10 +38,11 @@ AttentionProblem RandomMeans(Random& random) {
 // The number of workgroups of each kernel, by the words of docs/architecture.md.
 std::map<std::string, std::uint64_t> Grids(const AttentionParams& params, std::uint64_t threads) {
   const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
-  const std::uint64_t super_tiles = DivideUp(params.keys, 1024) * heads;
-  const std::uint64_t parts = DivideUp(params.queries, 1024) * heads;
+  const std::uint64_t super_tiles = DivideUp(params.keys, 16 * params.super_tile_granules) * heads;
+  const std::uint64_t parts = DivideUp(params.queries, 16 * params.super_tile_granules) * heads;
   const std::uint64_t side = DivideUp(params.head_dim, 32), quads = DivideUp(params.head_dim, 4);
-  const std::uint64_t rows_of_part = 1024 * (params.query_heads / params.kv_heads);
+  const std::uint64_t rows_of_part =
+      16 * params.super_tile_granules * (params.query_heads / params.kv_heads);
   const std::uint64_t rows =
       std::uint64_t{params.queries} * params.query_heads * params.batch_count;
   const std::uint64_t vectors = DivideUp((4 * quads + 2) * quads * heads, threads);
@@ -96,7 +97,7 @@ void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch
   for (const Expected& one : expected) {
     EXPECT(dispatch->shader.substr(0, dispatch->shader.find('.')) == one.shader);
     EXPECT(dispatch->barrier_before == one.barrier);
-    EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 13 : 12));
+    EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 14 : 13));
     EXPECT(dispatch->specialization[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch->groups[0], y = dispatch->groups[1];
     EXPECT(x * y >= one.workgroups && x * (y - 1) < one.workgroups);
@@ -113,7 +114,7 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
     EXPECT(words.emplace(plan.scratch[i].operand, (end - plan.scratch[i].offset) / 4).second);
   }
   const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
-  const std::uint64_t super_tiles = DivideUp(params.keys, 1024);
+  const std::uint64_t super_tiles = DivideUp(params.keys, 16 * params.super_tile_granules);
   const std::uint64_t state =
       16 * DivideUp(params.head_dim, 4) * (DivideUp(params.head_dim, 4) + 1);
   const std::uint64_t coarse = heads * params.coarse_rows * params.head_dim;
@@ -130,11 +131,11 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   for (const Dispatch& dispatch : plan.dispatches) {
     if (dispatch.key_rows != KeyRows::kCoarse) continue;
     const std::uint64_t tiles = DivideUp(params.coarse_rows, dispatch.specialization[4]) * heads;
-    EXPECT(dispatch.specialization.at(12) == parts_of_lists);
+    EXPECT(dispatch.specialization.at(13) == parts_of_lists);
     EXPECT(std::uint64_t{dispatch.groups[0]} * dispatch.groups[1] >= tiles * parts_of_lists);
   }
   if (problem.features & FEATURE_CORRECTS) {
-    const std::uint64_t parts = DivideUp(params.queries, 1024);
+    const std::uint64_t parts = DivideUp(params.queries, 16 * params.super_tile_granules);
     EXPECT(words[OPERAND_DSTATE] >= heads * std::max(super_tiles, parts) * state);
   }
 }

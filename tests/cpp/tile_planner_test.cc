@@ -23,8 +23,8 @@ AttentionProblem RandomPlanning(Random& random) {
   } else if (Chance(random)) {
     problem.features |= FEATURE_PREVIOUS_LEVELS;
   }
-  SetPlanShape(problem.params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {4, 1000}),
-               Pick(random, {1, 1000}));
+  SetPlanShape(problem.params, Pick(random, {16, 32, 64, 128, 256}), Pick(random, {256, 512, 1024}),
+               Pick(random, {4, 1000}), Pick(random, {1, 1000}));
   problem.params.level_count = Pick(random, {1, 2, 3});
   return problem;
 }
@@ -45,7 +45,8 @@ std::vector<Expected> ExpectedPlanning(const AttentionProblem& problem, std::uin
   const std::uint64_t key_lists = KeyListTiles(params) * std::uint64_t{params.kv_heads} * batch;
   std::vector<Expected> expected;
   if (problem.features & FEATURE_SEGMENTS) {
-    const std::uint64_t groups = DivideUp(params.keys, 1024) + DivideUp(params.plan_tiles, 64);
+    const std::uint64_t groups = DivideUp(params.keys, 16 * params.super_tile_granules) +
+                                 DivideUp(params.plan_tiles, params.super_tile_granules);
     expected.push_back({"segment_ranges.f32", groups * batch, false});
   }
   if (problem.features & FEATURE_SPARE_ROWS) {
@@ -71,8 +72,9 @@ void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
     const Dispatch& dispatch = plan.dispatches[i];
     EXPECT(dispatch.shader == expected[i].shader);
     EXPECT(dispatch.barrier_before == expected[i].barrier);
-    EXPECT(dispatch.specialization[0] ==
-           (StartsWith(dispatch.shader, "segment_ranges") ? 64 : threads));
+    EXPECT(dispatch.specialization[0] == (StartsWith(dispatch.shader, "segment_ranges")
+                                              ? problem.params.super_tile_granules
+                                              : threads));
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);
     EXPECT(x * y >= expected[i].workgroups && x * (y - 1) < expected[i].workgroups);
