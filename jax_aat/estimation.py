@@ -111,9 +111,12 @@ class Sizes:
     adaptation: Adaptation | None
 
     def of_length(self, queries: int) -> Sizes:
-        """A shorter call, with keys in the same proportion."""
+        """A shorter call, with keys in the same proportion, and tiles of the same size."""
         keys = max(1, round(self.keys * queries / self.queries))
-        return dataclasses.replace(self, queries=queries, keys=keys)
+        adaptation = self.adaptation and dataclasses.replace(
+            self.adaptation, query_tile=self._grid.query_tile, super_tile=self._grid.super_tile
+        )
+        return dataclasses.replace(self, queries=queries, keys=keys, adaptation=adaptation)
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
@@ -123,7 +126,7 @@ class Sizes:
 
     @property
     def _grid(self) -> Grid:
-        adaptation = self.adaptation or Adaptation(budget=1.0)
+        adaptation = self.adaptation or Adaptation(budget=1.0, query_tile=128, super_tile=1024)
         return adaptation.grid(self.queries, self.keys, self.heads, self.kv_heads)
 
     @property

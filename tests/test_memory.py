@@ -38,8 +38,8 @@ def make_call(batch, length, heads, head_dim, dtype, *, adaptation=None, backwar
 @pytest.fixture(scope="module")
 def calls():
     """Calls whose scratch takes from nothing to some MiB, and a context that has run none yet."""
-    budget = jax_aat.Adaptation(budget=0.25)
-    threshold = jax_aat.Adaptation(threshold=0.01, query_tile=64)
+    budget = jax_aat.Adaptation(budget=0.25, super_tile=1024)
+    threshold = jax_aat.Adaptation(threshold=0.01, super_tile=1024)
     made = [
         make_call(1, 40, 2, 16, jnp.float32),
         make_call(2, 100, 2, 16, jnp.float32),

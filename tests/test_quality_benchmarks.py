@@ -106,7 +106,8 @@ def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) 
 
 
 def test_library_and_emulation_plan_alike_and_compute_the_same(operands: Operands) -> None:
-    adaptation = jax_aat.Adaptation(budget=0.25)
+    # The emulation knows the sizes of long sequences only.
+    adaptation = jax_aat.Adaptation(budget=0.25, query_tile=128, super_tile=1024)
     batched = tuple(x[None] for x in operands)
     plan = jax.jit(partial(jax_aat.plan_tiles, adaptation=adaptation, is_causal=True))(*batched)
     levels = levels_of_plan(plan, SIZES.length // router.GRANULE)

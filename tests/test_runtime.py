@@ -24,6 +24,7 @@ ATTRIBUTES = {
     "window_left": np.int32(-1),
     "window_right": np.int32(-1),
     "query_tile": np.uint32(0),
+    "super_tile": np.uint32(0),
     "level_count": np.uint32(0),
     "candidate_share": np.float32(0),
     "floor_share": np.float32(0),

@@ -138,7 +138,6 @@ struct AttentionParams {
   // Of a plan:
   uint plan_positions;  // of a query tile; a power of two
   uint plan_tiles;      // of queries
-  uint super_tile_granules;
   uint coarse_rows;  // of granules and super-tiles
   // Of a call that makes one:
   uint level_count;       // levels in use: 1: exact or hidden, 2: means of granules, 3: of super-tiles
@@ -146,6 +145,7 @@ struct AttentionParams {
   float floor_share;      // those that are exact for their importance
   uint judged_key_tiles;  // that a tile looks into: all, or the foremost
   OperandLayout operand[OPERAND_COUNT];
+  uint super_tile_granules;  // shaders have it as a constant
 };
 
 #ifdef __cplusplus
