@@ -205,7 +205,10 @@ def main() -> None:
     arrays = topics(4096)
     for budget in (0.5, 0.25, 0.125):
         plan = jax_aat.plan_tiles(
-            *arrays, jax_aat.Adaptation(budget=budget), is_causal=True, implementation="xla"
+            *arrays,
+            jax_aat.Adaptation(budget=budget, query_tile=128, super_tile=1024),
+            is_causal=True,
+            implementation="xla",
         )
         plans[budget] = plan
         splits[budget] = split(plan, attend(plan, *arrays))
