@@ -116,7 +116,7 @@ def measure(made: Pass, repeats: int, seconds: float) -> dict[str, Any]:
         "latency_p90": float(np.percentile(latencies, 90)),
         "pipelined": pipelined,
         "kernel": None if None in kernels else statistics.median(kernels),
-        "hand_over": stamped - on_device if prof.calls else None,
+        "hand_over": stamped - on_device if on_device > 0 else None,
         "repeats": repeats,
     }
 

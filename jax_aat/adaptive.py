@@ -47,13 +47,13 @@ def attend(
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
+    grid = grid_of(operands, adaptation)
     options = dataclasses.replace(options, corrects=has_state(operands, options, adaptation))
     if (
         plan is None
         and implementation == "vulkan"
         and plans_in_one_submission(operands, adaptation)
     ):
-        grid = grid_of(operands, adaptation)
         goal = shader_goal(operands, options, grid, adaptation, *past)
         made = plan_and_attend(operands | goal, options, adaptation)
         out, lse = made[Slot.OUT], made[Slot.LSE]

@@ -126,7 +126,7 @@ def _kernels(profile: Profile, ceilings: Ceilings) -> Iterator[Insight]:
                 seconds,
                 f"{head} at {max(compute, memory):.0%} of what the device could do, and the "
                 f"longest work list is {imbalance:.1f} times the mean: most of the device waits "
-                "for few tiles; a smaller query_tile or more heads in a call spread the work",
+                "for few tiles; more heads in a call, or a smaller query_tile, spread the work",
             )
         elif not (math.isnan(compute) or math.isnan(memory)):
             yield Insight(
@@ -292,7 +292,8 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             "portable",
             sum(call.seconds for call in others),
             f"{len(others)} calls, of {others[0].problem} and the like, run on portable kernels: "
-            "matrix kernels take a head_dim up to 128 that is a multiple of 8",
+            "matrix kernels take a head_dim up to 128 that is a multiple of 8, and plans with a "
+            "query_tile of 64 or more",
         )
 
 

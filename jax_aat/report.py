@@ -174,7 +174,7 @@ class Report:
                 f"the budget is not kept: {total:.1%} of the FLOPs of exact attention, of which "
                 f"{planning:.1%} for planning, where {allowed:.1%} are allowed. What must be exact "
                 "and the means beside it cost more: raise the budget, or make them cheaper by a "
-                "smaller query_tile or stages=1"
+                "smaller query_tile or super_tile, or stages=1"
             )
         return "\n".join(lines)
 
@@ -217,7 +217,7 @@ def make_report(
     budget = plan.adaptation.budget
     change = jnp.zeros(grid.lists)
     if previous is not None:
-        change = resolution_change(plan.levels, previous, grid.granules)
+        change = resolution_change(plan.levels, previous, grid)
     by_list = {
         "levels": at.sum((0, 2, 3)).astype(jnp.float32) / count[:, None],
         "forced": _total(seen & ~whole) / count,

@@ -8,6 +8,7 @@ of the last call and a moving average of the audits. With a tolerance the audits
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -194,22 +195,24 @@ class ResolutionState:
 exportable(ResolutionState)
 
 
-def resolution_change(levels: jax.Array, previous: jax.Array, granules: int) -> jax.Array:
+def resolution_change(levels: jax.Array, previous: jax.Array, grid: Grid) -> jax.Array:
     """dR/dt: mean absolute change of log2 rows a granule, over what both calls see, [..., L].
 
-    A granule has 16 rows at level 0, one at level 1, and at level 2 a 64th of the row of its
+    A granule has 16 rows at level 0, one at level 1, and at level 2 its part of the row of its
     super-tile.
 
     Args:
       levels: [B, L, I, W] uint32 of a call.
       previous: Those of the call before.
-      granules: Number of granules along the keys.
+      grid: How both calls are cut.
     """
-    new, old = unpack_levels(levels, granules), unpack_levels(previous, granules)
+    new, old = unpack_levels(levels, grid.granules), unpack_levels(previous, grid.granules)
     both = (new != HIDDEN) & (old != HIDDEN)
 
+    part = -math.log2(grid.super_tile_granules)
+
     def log_rows(level: jax.Array) -> Any:
-        return jnp.where(level == EXACT, 4.0, jnp.where(level == MEAN, 0.0, -6.0))
+        return jnp.where(level == EXACT, 4.0, jnp.where(level == MEAN, 0.0, part))
 
     change = jnp.where(both, jnp.abs(log_rows(new) - log_rows(old)), 0)
     count = both.sum((0, -2, -1))

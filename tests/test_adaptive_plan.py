@@ -503,3 +503,12 @@ def test_arguments_are_checked(stored):
         untraced_attention(q, q, q, adaptation=Adaptation(budget=0.1), plan=stored)
     assert hash(Adaptation(budget=0.1)) == hash(Adaptation(budget=0.1))
     assert jax_aat.TilePlan is type(stored)
+
+
+def test_symbolic_lengths_are_refused_in_words():
+    (length,) = jax.export.symbolic_shape("s")
+    operand = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    adaptation = Adaptation(budget=0.5)
+    call = jax.jit(lambda x: tiled_attention(x, x, x, adaptation=adaptation, implementation="xla"))
+    with pytest.raises(ValueError, match="got symbolic length s, adaptation needs a known one"):
+        jax.export.export(call)(operand)

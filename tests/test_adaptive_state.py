@@ -112,8 +112,10 @@ def test_levels_change_only_beyond_the_margin():
 def test_resolution_change_counts_what_both_see():
     old = jnp.array([[[[EXACT, MEAN, SUPER_MEAN, HIDDEN]], [[EXACT, EXACT, EXACT, EXACT]]]])
     new = jnp.array([[[[EXACT, EXACT, MEAN, EXACT]], [[EXACT, EXACT, EXACT, HIDDEN]]]])
-    change = resolution_change(pack_levels(new), pack_levels(old), 4)
-    np.testing.assert_allclose(change, [(4 + 6) / 3, 0])
+    for super_tile, rows in ((1024, -6), (256, -4)):
+        grid = Grid(32, 64, 2, 2, 32, super_tile)
+        change = resolution_change(pack_levels(new), pack_levels(old), grid)
+        np.testing.assert_allclose(change, [(4 - rows) / 3, 0])
 
 
 def test_a_state_and_its_plan_go_through_a_checkpoint(rng, tmp_path):
