@@ -7,6 +7,7 @@ from typing import Any
 
 from jax_aat.arguments import is_integer
 from jax_aat.levels import EXACT, MEAN, SUPER_MEAN, Grid
+from jax_aat.problem import Operands, extents
 
 _LEVELS = ((EXACT,), (EXACT, MEAN), (EXACT, MEAN, SUPER_MEAN))
 _QUERY_TILES = (16, 32, 64, 128, 256)
@@ -106,6 +107,19 @@ class Adaptation:
         query_tile, super_tile = (64, 256) if keys <= _SHORT else (128, 1024)
         query_tile, super_tile = self.query_tile or query_tile, self.super_tile or super_tile
         return Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
+
+
+def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:
+    """How an adaptive call is cut.
+
+    Raises:
+      ValueError: A length is symbolic.
+    """
+    sizes = extents(operands)
+    for name, size in (("query", sizes.queries), ("key", sizes.keys)):
+        if not isinstance(size, int):
+            raise ValueError(f"{name}: got symbolic length {size}, adaptation needs a known one")
+    return adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:

@@ -13,9 +13,9 @@ from jax import lax
 
 from jax_aat import corrected
 from jax_aat._compat import vary_like
-from jax_aat.adaptation import Adaptation
+from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.audit import Audit, audit, choose_rows
-from jax_aat.plan import TilePlan, grid_of
+from jax_aat.plan import TilePlan
 from jax_aat.primitives import forward
 from jax_aat.primitives.plan import plan_and_attend, serves, shader_goal
 from jax_aat.problem import Operands, Options, Slot
@@ -47,13 +47,13 @@ def attend(
     Returns:
       out [B, T, N, H] in the dtype of q, logsumexp [B, T, N] of what was read, and the plan.
     """
-    grid = grid_of(operands, adaptation)
     options = dataclasses.replace(options, corrects=has_state(operands, options, adaptation))
     if (
         plan is None
         and implementation == "vulkan"
         and plans_in_one_submission(operands, adaptation)
     ):
+        grid = grid_of(operands, adaptation)
         goal = shader_goal(operands, options, grid, adaptation, *past)
         made = plan_and_attend(operands | goal, options, adaptation)
         out, lse = made[Slot.OUT], made[Slot.LSE]

@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
-from jax_aat.adaptation import Adaptation
-from jax_aat.plan import TilePlan, grid_of
+from jax_aat.adaptation import Adaptation, grid_of
+from jax_aat.plan import TilePlan
 from jax_aat.primitives import forward
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.state import ResolutionState

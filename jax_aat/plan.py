@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_aat.adaptation import Adaptation
+from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.boundary import Boundary, boundary
 from jax_aat.levels import (
     EXACT,
@@ -27,7 +27,7 @@ from jax_aat.levels import (
 )
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives.plan import make_plan, serves, shader_goal
-from jax_aat.problem import Operands, Options, Slot, extents
+from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
 from jax_aat.router import route
 
@@ -324,19 +324,6 @@ class TilePlan:
             f"TilePlan({shape}; {', '.join(shares)} of the granules seen; "
             f"log lambda {prices.min():.2f} to {prices.max():.2f})"
         )
-
-
-def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:
-    """How an adaptive call is cut.
-
-    Raises:
-      ValueError: A length is symbolic.
-    """
-    sizes = extents(operands)
-    for name, size in (("query", sizes.queries), ("key", sizes.keys)):
-        if not isinstance(size, int):
-            raise ValueError(f"{name}: got symbolic length {size}, adaptation needs a known one")
-    return adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
 
 
 def _hides(operands: Operands) -> bool:

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_aat._compat import vary_like
-from jax_aat.adaptation import Adaptation
+from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_key_tiles, predict_foremost
 from jax_aat.levels import (
@@ -32,7 +32,7 @@ from jax_aat.levels import (
     settled,
     unpack_levels,
 )
-from jax_aat.problem import Operands, Options, Slot, counted, extents
+from jax_aat.problem import Operands, Options, Slot, counted
 from jax_aat.scores import predict
 from jax_aat.summaries import FINE, Keys, Queries, subqueries
 
@@ -404,13 +404,13 @@ def has_state(operands: Operands, options: Options, adaptation: Adaptation) -> b
         return False
     if SUPER_MEAN not in adaptation.levels or is_exact(adaptation):
         return False
-    sizes = extents(operands)
-    grid = adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
+    grid = grid_of(operands, adaptation)
     pairs = grid.queries * grid.keys
     if options.causal:
         shorter = min(grid.queries, grid.keys)
         pairs = shorter * (shorter + 1) // 2 + (grid.queries - shorter) * grid.keys
-    allowed = _STATE_SHARE * (adaptation.budget or NOMINAL) * 4 * sizes.head_dim * sizes.heads
+    a_pair = 4 * operands[Slot.Q].shape[-1] * grid.heads
+    allowed = _STATE_SHARE * (adaptation.budget or NOMINAL) * a_pair
     return state_flops(operands, grid) <= allowed * pairs
 
 

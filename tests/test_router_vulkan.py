@@ -9,7 +9,7 @@ import pytest
 from comparison import Ran, assert_same_bits
 
 from jax_aat import Adaptation, hierarchy, router
-from jax_aat.plan import grid_of
+from jax_aat.adaptation import grid_of
 from jax_aat.primitives.plan import make_prices
 from jax_aat.problem import Operands, Options, Slot
 

@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jax_aat import corrected, router
-from jax_aat.adaptation import Adaptation
+from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import Grid
@@ -111,8 +111,7 @@ def _bind(
     primitive: Primitive,
 ) -> list[Any]:
     share = router.judged_share(adaptation)
-    sizes = extents(operands)
-    grid = adaptation.grid(sizes.queries, sizes.keys, sizes.heads, sizes.kv_heads)
+    grid = grid_of(operands, adaptation)
     options = dataclasses.replace(
         options.planned(grid),
         level_count=len(adaptation.levels),
