@@ -53,6 +53,12 @@ def layout_is_probed():
     forward(make())
 
 
+def kernels_after(results):
+    """What ran last, once these are there."""
+    jax.block_until_ready(results)
+    return vulkan.last_dispatch().kernels
+
+
 def require_matrices(dtype):
     traits = vulkan.default_device().traits
     if not (traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]):
@@ -100,7 +106,7 @@ def operand(rng, heads, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128])
-@pytest.mark.parametrize("query_tile", [64, 128])
+@pytest.mark.parametrize("query_tile", [64, 128, 256])
 def test_plans(query_tile, head_dim, rng):
     require_matrices("bfloat16")
     q, dout = (operand(rng, 8, head_dim) for _ in range(2))
@@ -111,13 +117,15 @@ def test_plans(query_tile, head_dim, rng):
     def run(implementation, *operands):
         attention = partial(tiled_attention, implementation=implementation, is_causal=True)
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, plan=plan), *operands)
-        return out, *pull(dout.astype(out.dtype))
+        ran = [kernels_after(out)]
+        gradients = pull(dout.astype(out.dtype))
+        return (out, *gradients), [*ran, kernels_after(gradients)]
 
-    found = run("vulkan", q, k, v)
-    ran = vulkan.last_dispatch().kernels
+    found, (forward_kernels, backward_kernels) = run("vulkan", q, k, v)
+    assert "attend_forward_coopmat.bf16" in forward_kernels
     for kernel in ("dq", "dkv"):
-        assert f"attend_backward_{kernel}_coopmat.bf16" in ran
-    expected = run("xla", *(x.astype("float32") for x in (q, k, v)))
+        assert f"attend_backward_{kernel}_coopmat.bf16" in backward_kernels
+    expected, _ = run("xla", *(x.astype("float32") for x in (q, k, v)))
     tolerances = (TOLERANCE["bfloat16"][0], *(TOLERANCE["bfloat16"][1],) * 3)
     for x, reference, tolerance in zip(found, expected, tolerances, strict=True):
         assert relative_error(x, reference) <= tolerance

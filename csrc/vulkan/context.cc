@@ -44,9 +44,10 @@ Context::Context(const Instance& instance, const PhysicalDevice& physical)
     queues_.push_back(std::make_unique<Queue>(device_, i));
   }
   traits_.coopmat_layout_known = ProbeCoopmatLayout();
-  // Several calls may be on their way at once.
-  traits_.max_score_gradient_bytes =
-      std::min(traits_.max_score_gradient_bytes, memory_.limit() / 4);
+  // Several calls may be on their way at once, and the rest of a call's scratch lies under the same
+  // buffer.
+  traits_.max_score_gradient_bytes = std::min(
+      {traits_.max_score_gradient_bytes, memory_.limit() / 4, physical.max_allocation_bytes / 2});
 }
 
 bool Context::ProbeCoopmatLayout() {
