@@ -27,7 +27,7 @@ from jax_aat.scores import (
 )
 from jax_aat.summaries import Keys, Queries
 
-JUDGED = 128
+JUDGED = 64
 """Key tiles of which a tile judges the granules; more where the budget asks for more, and all of
 up to twice as many: to choose among these takes as long as it saves."""
 

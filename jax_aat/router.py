@@ -43,7 +43,7 @@ FLOOR = 0.25
 """This share of the budget of the granules, the most important ones of a tile, is exact."""
 NOMINAL = 0.125
 """What counts as budget in the two above where none is given."""
-_LEAST_CANDIDATES = 0.125
+_LEAST_CANDIDATES = 0.0625
 _STATE_SHARE = 0.25
 """The state may take this share of the budget."""
 MARGIN = 1.2

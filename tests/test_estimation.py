@@ -133,8 +133,8 @@ def test_the_router_judges_a_share_of_the_keys():
     sizes = estimation.Sizes(1, 2**17, 2**17, N, K, H, "float32", True, Adaptation(budget=0.03))
     half = sizes.of_length(2**16)
     router = [x.work("cross_tile_router.f32", 0.0) for x in (half, sizes)]
-    # Tiles of both judge up to 16,384 keys, and all key tiles, of 8 granules each, that they see.
-    judged = [2**14 * (1 - 2**14 / 2 / n) + n / 2 / 8 for n in (2**16, 2**17)]
+    # Tiles of both judge up to 8,192 keys, and all key tiles, of 8 granules each, that they see.
+    judged = [2**13 * (1 - 2**13 / 2 / n) + n / 2 / 8 for n in (2**16, 2**17)]
     assert router[1] / router[0] == pytest.approx(2 * judged[1] / judged[0], rel=1e-4)
     lists = [x.work("plan_lists.f32", 0.0) for x in (half, sizes)]
     assert lists[1] == 4 * lists[0]

@@ -136,7 +136,7 @@ class TilePlanner {
     const DeviceTraits& traits = builder_.traits();
     if (builder_.problem().dtype != DTYPE_F32 && traits.coopmat_float16 &&
         traits.coopmat_layout_known && params_.head_dim % 16 == 0 && params_.head_dim <= 128 &&
-        (shape.tile_rows == 64 || shape.tile_rows == 128) &&
+        shape.tile_rows >= 64 &&
         CoopmatStagedBytes() + RouterSharedBytes(kCoopmatThreads) <= traits.max_shared_memory) {
       shape.shader = "cross_tile_router_coopmat";
       shape.threads = kCoopmatThreads;
