@@ -11,7 +11,7 @@ from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
 from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.plan import TilePlan
-from jax_aat.primitives import forward
+from jax_aat.primitives import BY_SIZE, forward
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.state import ResolutionState
 
@@ -137,8 +137,9 @@ def tiled_attention(
       logits_soft_cap: c, from 1e-30 to 1e30: scaled logits x become c tanh(x / c) before the bias
         is added.
       implementation: 'vulkan': the shaders of this package; 'xla': the same algorithm in jax.numpy;
-        None: Vulkan where a hardware GPU serves the call, else XLA. `jax_aat.last_dispatch()` tells
-        what Vulkan ran.
+        None: Vulkan where a hardware GPU serves the call, else XLA, which also gets calls without
+        adaptation that are too short for Vulkan to pay: on CUDA those of up to 2^23 pairs of a
+        query row and a key. `jax_aat.last_dispatch()` tells what Vulkan ran.
       adaptation: How much is computed exactly; None: everything, unless there is a plan. The
         gradient is that of the chosen levels, which have none themselves.
       plan: Levels to use, from `plan_tiles` for arguments of the same shapes, causality and window;
@@ -187,7 +188,8 @@ def tiled_attention(
     empty = any(x.size == 0 for x in checked.operands.values())
     following, report = state, None
     if adaptation is None or empty:
-        out, lse = _attend(checked.operands, checked.options, chosen)
+        by_size = implementation is None and chosen == "vulkan"
+        out, lse = _attend(checked.operands, checked.options, BY_SIZE if by_size else chosen)
     else:
         out, lse, following, report = _attend_adaptively(
             checked.operands, checked.options, adaptation, chosen, plan, state, return_report

@@ -15,6 +15,7 @@ import jax
 
 from jax_aat import vulkan
 from jax_aat.commands import terminal
+from jax_aat.primitives.rules import SHORT_CALLS
 
 PASSES = ("forward", "tangent", "backward")
 HEAD_DIMS = (64, 128, 256)
@@ -65,7 +66,7 @@ def report() -> Iterator[str]:
         yield ""
         yield f"pipeline cache: {_pipeline_cache()}"
     chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
-    yield f"implementation=None means {chosen!r} here: {_reason(default)}"
+    yield f"implementation=None means {chosen!r} here: {_reason(default, chosen)}"
     yield ""
     yield "environment variables:"
     yield from _table((name, os.environ.get(name, "unset"), use) for name, use in VARIABLES.items())
@@ -118,10 +119,14 @@ def _why(path: str, dtype: str, traits: Mapping[str, Any]) -> str:
     return "no matrix kernel for this pass and head_dim"
 
 
-def _reason(device: vulkan.Device | None) -> str:
+def _reason(device: vulkan.Device | None, chosen: str) -> str:
     if vulkan.problem() or device is None:
         return "Vulkan cannot be used"
-    return f"the device is of the kind {device.kind!r}"
+    words = f"the device is of the kind {device.kind!r}"
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if chosen == "vulkan" and (most := SHORT_CALLS.get(platform)):
+        words += f"; exact calls of up to {most:,} pairs of a query row and a key get 'xla'"
+    return words
 
 
 def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:

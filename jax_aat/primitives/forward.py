@@ -37,7 +37,7 @@ def forward(operands: Operands, options: Options, implementation: str) -> tuple[
     Args:
       operands: Arrays by slot, shaped as `docs/architecture.md` says.
       options: Scale, causality, window, soft cap and the plan's query tile.
-      implementation: 'xla' or 'vulkan'.
+      implementation: 'xla', 'vulkan' or `rules.BY_SIZE`.
 
     Returns:
       out [*batch, T, N, H] in the dtype of q; logsumexp [*batch, T, N] in float32 (float64 for
@@ -49,7 +49,7 @@ def forward(operands: Operands, options: Options, implementation: str) -> tuple[
             operands,
             options=options,
             implementation=implementation,
-            needs_devices=devices_marker() if implementation == "vulkan" else None,
+            needs_devices=None if implementation == "xla" else devices_marker(),
         )
     )
 

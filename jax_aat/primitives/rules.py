@@ -1,10 +1,12 @@
 """What the primitives share: binding, abstract values, lowering, batching, derivatives.
 
 Every primitive takes its operands in slot order and has at least these parameters: `slots` (which
-operands those are), `options`, `implementation` and `needs_devices` (see `devices_marker`).
+operands those are), `options`, `implementation` ('xla', 'vulkan' or `BY_SIZE`) and `needs_devices`
+(see `devices_marker`).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,8 +18,14 @@ from jax.interpreters import ad, batching, mlir
 from jax_aat._compat import result_aval, vary_like
 from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
-from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot
+from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot, extents
 from jax_aat.tiles import sum_to
+
+BY_SIZE = "by size"
+"""Vulkan, but for calls of no more than `SHORT_CALLS`, which XLA computes."""
+SHORT_CALLS = {"cuda": 2**23}
+"""By platform: pairs of a query row and a key up to which XLA is the faster (docs/performance.md).
+Each call hands over from CUDA to Vulkan and back, which takes as long as so many pairs by XLA."""
 
 ResultTypes = Callable[..., dict[Slot, jax.ShapeDtypeStruct]]
 """(operands or their abstract values, **params) -> shapes and dtypes of the results, in order."""
@@ -78,7 +86,7 @@ def register_lowering(
         rest, and is given the primitive as `attend`.
     """
 
-    def lower(serves_vulkan: bool) -> Any:
+    def lower(platform: str | None) -> Any:
         def run(
             *values: jax.Array,
             slots: Sequence[int],
@@ -90,7 +98,9 @@ def register_lowering(
             types = result_types(operands, **params)
             if _is_empty(values):
                 return [_nothing_to_attend_to(slot, t) for slot, t in types.items()]
-            if not (serves_vulkan and implementation == "vulkan"):
+            if platform is None or implementation == "xla":
+                return tiled(operands, **params)
+            if implementation == BY_SIZE and _is_short(operands, platform):
                 return tiled(operands, **params)
             if in_parts(operands):
                 kept = {"implementation": implementation, "needs_devices": needs_devices}
@@ -108,9 +118,17 @@ def register_lowering(
 
         return mlir.lower_fun(run, multiple_results=True)
 
-    mlir.register_lowering(primitive, lower(serves_vulkan=False))
+    mlir.register_lowering(primitive, lower(None))
     for platform in ("cpu", "cuda"):
-        mlir.register_lowering(primitive, lower(serves_vulkan=True), platform=platform)
+        mlir.register_lowering(primitive, lower(platform), platform=platform)
+
+
+def _is_short(operands: Operands, platform: str) -> bool:
+    """Whether XLA computes a call faster; of symbolic sizes it is not known."""
+    sizes = extents(operands)
+    rows = (*sizes.batch, sizes.heads, sizes.queries, sizes.keys)
+    known = all(isinstance(size, int) for size in rows)
+    return known and math.prod(rows) <= SHORT_CALLS.get(platform, 0)
 
 
 def _is_empty(values: Iterable[Any]) -> bool:
