@@ -36,7 +36,7 @@ ENOUGH = 5e-3
 RUNS = 3
 """Of which the fastest counts; one before them compiles."""
 
-_BY_TILE_AND_GRANULE = ("plan_price", "plan_levels", "plan_lists", "plan_key_lists", "work_lists")
+_BY_TILE_AND_GRANULE = ("plan_levels", "plan_lists", "plan_key_lists", "work_lists")
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,12 @@ class Sizes:
         family = kernel.split(".")[0].removesuffix("_coopmat")
         grid = self._grid
         tiles = self.batch * grid.lists * grid.tiles
+        if family == "plan_price":
+            return float(tiles * self._judged_keys)
         if family == "cross_tile_router":
-            assert self.adaptation is not None
-            judged = self._judged_key_tiles * KEY_TILE
+            judged = self._judged_keys
             seen = np.arange(1, self.queries + 1) if self.causal else np.array([self.keys])
-            granules = np.minimum(seen, min(self.keys, judged)).mean()
+            granules = np.minimum(seen, judged).mean()
             key_tiles = seen.mean() * GRANULE / KEY_TILE if judged < self.keys else 0.0
             return float(tiles * (granules + key_tiles))
         if family in _BY_TILE_AND_GRANULE:
@@ -222,6 +223,10 @@ class Sizes:
     def _judged_key_tiles(self) -> int:
         assert self.adaptation is not None
         return judged_key_tiles(self._operands, self._grid, judged_share(self.adaptation))
+
+    @property
+    def _judged_keys(self) -> int:
+        return min(self.keys, self._judged_key_tiles * KEY_TILE)
 
     @property
     def _rows(self) -> tuple[int, int]:

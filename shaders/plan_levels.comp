@@ -6,6 +6,7 @@
 // H200) made 0 of the query and key limits that it kept in registers, which hid everything.
 #define CALL_IN_MEMORY
 #include "common/plan_tile.glsl"
+#include "common/prices.glsl"
 
 #define LEVEL_HIDDEN 3
 // Hysteresis, as in jax_aat/router.py: multiplied by both, as a product is rounded alike everywhere.
@@ -13,9 +14,11 @@ const float MARGIN = 1.2;
 const float INVERSE_MARGIN = 1.0 / 1.2;
 const uint WORDS = THREADS / LEVEL_GRANULES;
 const uint SUPER_TILES = THREADS / SUPER_TILE_GRANULES;
+const uint KEY_TILES = THREADS / KEY_TILE_GRANULES;
 const uint SUPER_TILE_WORDS = SUPER_TILE_GRANULES / LEVEL_GRANULES;
 
 shared uint level_words[WORDS];  // of THREADS granules
+shared uint priced[KEY_TILES];   // the place of each of their key tiles among those with prices, or NO_KEY_TILE
 shared uvec3 totals;  // full granules, those at level 0, coarse rows
 
 // The upper half of a float32, of which those below 0 count as 0.
@@ -37,12 +40,36 @@ uint allowed_level(uint level, Boundary bounds) {
   return level == LEVEL_SUPER_MEAN && !bounds.super_whole ? LEVEL_MEAN : level;
 }
 
+// Finds the places of the key tiles from the one of granule `base` on.
+void find_priced(View prices, uint row, uint base) {
+  if (has_all_prices()) return;
+  uint first = base / KEY_TILE_GRANULES;
+  for (uint i = gl_LocalInvocationID.x; i < PARAMS.priced_key_tiles; i += THREADS) {
+    // NO_KEY_TILE is past all.
+    uint key_tile = load_word(prices.base, row + i) - first;
+    if (key_tile < KEY_TILES) priced[key_tile] = i;
+  }
+  barrier();
+}
+
+// Both prices of a granule, once its key tile's place is found.
+uint prices_at(View prices, uint row, uint granule) {
+  if (has_all_prices()) return load_word(prices.base, row + granule);
+  uint place = priced[granule / KEY_TILE_GRANULES % KEY_TILES];
+  if (place == NO_KEY_TILE) {
+    return price_elsewhere(load_word(prices.base, row + others_place(OTHERS_KEPT)) != 0);
+  }
+  place = place * KEY_TILE_GRANULES + granule % KEY_TILE_GRANULES;
+  return load_word(prices.base, row + first_price() + place);
+}
+
 void main() {
   uint self = gl_LocalInvocationID.x;
   uint list, tile;
   if (!set_plan_tile(list, tile)) return;
   uint granules = granule_count();
   View prices = view_of(OPERAND_PRICES, list, 2);
+  uint row = tile * prices.row_stride;
   View levels = levels_of(list, tile);
   View previous = view_of(OPERAND_PREVIOUS_LEVELS, list, 2);
   previous.base = add_wide(previous.base, multiply_wide(tile, previous.row_stride * 4));
@@ -55,11 +82,13 @@ void main() {
   for (uint base = 0; base < granules; base += THREADS) {
     barrier();
     if (self < WORDS) level_words[self] = 0;
+    if (self < KEY_TILES) priced[self] = NO_KEY_TILE;
     barrier();
+    find_priced(prices, row, base);
     uint granule = base + self;
     uint level = LEVEL_HIDDEN;
     if (granule < granules) {
-      uint pair = load_word(prices.base, tile * prices.row_stride + granule);
+      uint pair = prices_at(prices, row, granule);
       level = level_at(pair, price);
       if (has(FEATURE_PREVIOUS_LEVELS)) {
         uint before = granule_level(previous, granule);

@@ -5,7 +5,7 @@
 // prices of the one bin in which the limit lies.
 #include "common/scan.glsl"
 #include "common/stage.glsl"
-#include "common/levels.glsl"
+#include "common/prices.glsl"
 
 #define STAGE_CLEAR 0
 #define STAGE_COARSE 1
@@ -14,9 +14,8 @@
 
 #define BIN_PRICES 32
 #define COARSE_BINS 1024
-#define INFINITE 0x7f80u  // the upper half of an infinite float32
 #define HISTOGRAM_WORDS (2 * (COARSE_BINS + BIN_PRICES))
-const uint LARGEST_BIN = INFINITE / BIN_PRICES;
+const uint LARGEST_BIN = PRICE_INFINITE / BIN_PRICES;
 const uint BINS = STAGE == STAGE_FINE ? BIN_PRICES : COARSE_BINS;
 const uint BINS_A_THREAD = COARSE_BINS / THREADS;
 
@@ -74,6 +73,17 @@ void find_bin(uvec2 histogram, float spare) {
   barrier();
 }
 
+// Adds so many granules, exact up to a price and read up to it, to its bin; `base`: the first price
+// of the fine bins.
+void count_price(uint price, uint base, uvec2 granules) {
+  if (STAGE == STAGE_COARSE && (price == 0 || price >= PRICE_INFINITE)) return;
+  // Below `base` the difference wraps to a large number.
+  uint bin = STAGE == STAGE_COARSE ? price / BIN_PRICES : price - base;
+  if (bin >= BINS) return;
+  if (granules.x != 0) atomicAdd(bins[bin].x, granules.x);
+  if (granules.y != 0) atomicAdd(bins[bin].y, granules.y);
+}
+
 // Counts the granules of TILE_ROWS tiles.
 void count_granules(uint part, uvec2 histogram) {
   uint base = 0;
@@ -89,19 +99,22 @@ void count_granules(uint part, uvec2 histogram) {
   for (uint row = part * TILE_ROWS; row < end; ++row) {
     View prices = view_of(OPERAND_PRICES, row / PARAMS.plan_tiles, 2);
     uint start = row % PARAMS.plan_tiles * prices.row_stride;
-    for (uint granule = gl_LocalInvocationID.x; granule < granule_count(); granule += THREADS) {
-      uint pair = load_word(prices.base, start + granule);
+    for (uint i = gl_LocalInvocationID.x; i < price_count(); i += THREADS) {
+      uint pair = load_word(prices.base, start + first_price() + i);
       uvec2 price = uvec2(pair >> 16, max(pair >> 16, pair & 0xffffu));
-      if (STAGE == STAGE_COARSE) {
-        infinite += uvec2(greaterThanEqual(price, uvec2(INFINITE)));
-        if (price.x > 0 && price.x < INFINITE) atomicAdd(bins[price.x / BIN_PRICES].x, 1);
-        if (price.y > 0 && price.y < INFINITE) atomicAdd(bins[price.y / BIN_PRICES].y, 1);
-      } else {
-        // Below `base` the difference wraps to a large number.
-        price -= base;
-        if (price.x < BIN_PRICES) atomicAdd(bins[price.x].x, 1);
-        if (price.y < BIN_PRICES) atomicAdd(bins[price.y].y, 1);
-      }
+      if (STAGE == STAGE_COARSE) infinite += uvec2(greaterThanEqual(price, uvec2(PRICE_INFINITE)));
+      count_price(price.x, base, uvec2(1, 0));
+      count_price(price.y, base, uvec2(0, 1));
+    }
+    if (has_all_prices() || gl_LocalInvocationID.x != 0) continue;
+    uint others[OTHERS_WORDS];
+    for (uint i = 0; i < OTHERS_WORDS; ++i) {
+      others[i] = load_word(prices.base, start + others_place(i));
+    }
+    infinite += uvec2(others[OTHERS_EXACT], others[OTHERS_EXACT] + others[OTHERS_READ]);
+    if (others[OTHERS_KEPT] != 0) {
+      uint rest = others[OTHERS_REST];
+      count_price(PRICE_KEPT, base, uvec2(others[OTHERS_READ] + rest, rest));
     }
   }
   if (STAGE == STAGE_COARSE) {

@@ -136,6 +136,8 @@ def test_the_router_judges_a_share_of_the_keys():
     # Tiles of both judge up to 8,192 keys, and all key tiles, of 8 granules each, that they see.
     judged = [2**13 * (1 - 2**13 / 2 / n) + n / 2 / 8 for n in (2**16, 2**17)]
     assert router[1] / router[0] == pytest.approx(2 * judged[1] / judged[0], rel=1e-4)
+    # Twice the tiles look into as much.
+    assert sizes.work("plan_price.f32", 0.0) == 2 * half.work("plan_price.f32", 0.0)
     lists = [x.work("plan_lists.f32", 0.0) for x in (half, sizes)]
     assert lists[1] == 4 * lists[0]
     assert half.work("tile_processor.bf16", 0.0) * 2 == sizes.work("tile_processor.bf16", 0.0)

@@ -10,7 +10,7 @@ from comparison import Ran, assert_same_bits
 
 from jax_aat import Adaptation, hierarchy, router
 from jax_aat.adaptation import grid_of
-from jax_aat.primitives.plan import make_prices
+from jax_aat.primitives.plan import make_plan, make_prices
 from jax_aat.problem import Operands, Options, Slot
 
 UNITS = {"float32": 2, "float16": 5, "bfloat16": 5}
@@ -282,3 +282,37 @@ def test_more_granules_than_shared_memory_takes_notes_of(budget, rng):
     """More than 2,048, which is what lavapipe has room for: of 259 of 266 key tiles, or of all."""
     operands = clustered(rng, 40, 34000, 1, 1, head_dim=4, batch=1)
     assert_alike(operands, Options(SCALE), Adaptation(budget=budget, query_tile=16))
+
+
+BRIEF = {
+    "causal": ({"causal": True}, {"budget": 0.2}),
+    "lengths and a window": ({"window": (1400, 300)}, {"threshold": 1e-4}),
+    "all are kept": ({}, {"budget": 0.01, "levels": (0,)}),
+}
+
+
+@pytest.mark.parametrize("name", BRIEF)
+def test_prices_of_the_foremost_say_as_much_as_all(name, rng, monkeypatch):
+    """A plan is the same, bit by bit, whether shaders keep prices of all granules in between."""
+    monkeypatch.setattr(hierarchy, "JUDGED", 6)
+    options, fields = BRIEF[name]
+    options = Options(**{"scale": SCALE} | options)
+    adaptation = Adaptation(query_tile=16, super_tile=256, **fields)
+    operands = clustered(rng, 1800 if options.causal else 100, 1800, 2, 1, head_dim=8)
+    if name == "all are kept":  # as importance is 0 elsewhere
+        operands[Slot.Q] *= 200
+    if name == "lengths and a window":
+        operands[Slot.Q_LENGTHS] = jnp.asarray([100, 60], jnp.int32)
+        operands[Slot.KV_LENGTHS] = jnp.asarray([1710, 900], jnp.int32)
+    grid = grid_of(operands, adaptation)
+    prices = make_prices(operands, options, adaptation)
+    operands |= router.goal_of(operands, options, grid, adaptation, None, None)
+
+    def plan(operands):
+        with Ran("vulkan", "plan"):
+            call = jax.jit(lambda x: make_plan(x, options, adaptation))
+            return jax.block_until_ready(call(operands))
+
+    brief, full = plan(operands), plan(operands | {Slot.PRICES: prices})
+    for slot in brief:
+        assert_same_bits(brief[slot], full[slot])

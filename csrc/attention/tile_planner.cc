@@ -19,6 +19,7 @@ constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kSubQueryPositions = 16;
 constexpr std::uint32_t kFinePositions = 4;
 constexpr std::uint64_t kKeyTileGranules = 8;
+constexpr std::uint64_t kOthersWords = 4;  // OTHERS_WORDS of shaders/common/prices.glsl
 // Workgroups of the router, each of which takes many tiles: scratch is not to grow with their
 // number.
 constexpr std::uint64_t kMostSlabs = 1024;
@@ -91,11 +92,16 @@ class TilePlanner {
     dispatch.specialization[kThreads] = params_.super_tile_granules;
   }
 
-  // As scratch.
+  // As scratch (shaders/common/prices.glsl): of what tiles look into alone, where that is less.
   void AddPrices() {
     OperandLayout& layout = params_.operand[OPERAND_PRICES];
-    const std::uint64_t a_list = std::uint64_t{params_.plan_tiles} * Granules(params_);
     layout.row_stride = Granules(params_);
+    const std::uint64_t brief = params_.judged_key_tiles * (1 + kKeyTileGranules) + kOthersWords;
+    if (IsForemost() && brief < layout.row_stride) {
+      params_.priced_key_tiles = params_.judged_key_tiles;
+      layout.row_stride = static_cast<std::uint32_t>(brief);
+    }
+    const std::uint64_t a_list = std::uint64_t{params_.plan_tiles} * layout.row_stride;
     layout.head_stride = CheckedStride(a_list);
     layout.column_stride = 1;
     builder_.AddBatchScratch(OPERAND_PRICES, a_list * Lists());

@@ -111,14 +111,14 @@ uint look_into_foremost(inout Tile tile) {
 
 // The prices of a granule that the tile does not look into: it is not worth a row of its own. Where
 // `kept`, it is among the granules that stay exact.
-uint price_elsewhere(Boundary boundary, bool kept) {
-  uint exact = !boundary.whole ? PRICE_INFINITE : kept ? PRICE_KEPT : 0;
+uint others_price(Boundary boundary, bool kept) {
+  uint exact = boundary.whole ? price_elsewhere(kept) : PRICE_INFINITE << 16;
   uint mean = LEVELS > 1 && !(LEVELS > 2 && boundary.super_whole) ? PRICE_INFINITE : 0;
-  return boundary.seen ? exact << 16 | mean : 0;
+  return boundary.seen ? exact | mean : 0;
 }
 
-// Prices of the granules that the tile does not see, or does not look into.
-void price_others(Tile tile, uvec2 prices, bool kept) {
+// Writes the prices of all granules that the tile does not see, or does not look into.
+void write_others(Tile tile, uvec2 prices, bool kept) {
   if (FOREMOST == 0) {
     for (uint granule = gl_LocalInvocationID.x; granule < granule_count(); granule += THREADS) {
       if (granule < tile.first || granule >= tile.end) Words(prices).word[granule] = 0;
@@ -139,7 +139,51 @@ void price_others(Tile tile, uvec2 prices, bool kept) {
       bool within = granule >= tile.first && granule < tile.end;
       if (looks && within) continue;
       if (!alike) boundary = boundary_of(tile.number, granule);
-      Words(prices).word[granule] = within ? price_elsewhere(boundary, kept) : 0;
+      Words(prices).word[granule] = within ? others_price(boundary, kept) : 0;
     }
+  }
+}
+
+// Writes which key tiles the row has prices of, nothing for those it has room for besides, and how
+// many granules there are elsewhere.
+void count_others(Tile tile, uvec2 prices, bool kept) {
+  uint priced = tile.end_place / KEY_TILE_GRANULES;
+  for (uint i = gl_LocalInvocationID.x; i < PARAMS.priced_key_tiles; i += THREADS) {
+    Words(prices).word[i] = i < priced ? slab.looked_into.value[i] : NO_KEY_TILE;
+  }
+  for (uint i = tile.end_place + gl_LocalInvocationID.x; i < price_count(); i += THREADS) {
+    Words(prices).word[first_price() + i] = 0;
+  }
+  uvec3 own = uvec3(0);
+  uint end = divide_up(tile.end, KEY_TILE_GRANULES);
+  for (uint i = tile.first / KEY_TILE_GRANULES + gl_LocalInvocationID.x; i < end; i += THREADS) {
+    if (slab.is_looked_into.value[i] != 0) continue;
+    uint first = max(i * KEY_TILE_GRANULES, tile.first);
+    uint last = min((i + 1) * KEY_TILE_GRANULES, tile.end) - 1;
+    bool alike = is_all_seen(tile, first, last + 1);
+    uint each = alike ? last + 1 - first : 1;
+    for (uint granule = first; granule <= last; granule += each) {
+      Boundary boundary = boundary_of(tile.number, granule);
+      if (!boundary.seen) continue;
+      uint price = others_price(boundary, false);
+      bool exact = price >> 16 != 0, read = (price & 0xffffu) != 0;
+      own += exact ? uvec3(each, 0, 0) : read ? uvec3(0, each, 0) : uvec3(0, 0, each);
+    }
+  }
+  uvec3 total = uvec3(count_all(own.x), count_all(own.y), count_all(own.z));
+  if (gl_LocalInvocationID.x != 0) return;
+  Words(prices).word[others_place(OTHERS_EXACT)] = total.x;
+  Words(prices).word[others_place(OTHERS_READ)] = total.y;
+  Words(prices).word[others_place(OTHERS_REST)] = total.z;
+  Words(prices).word[others_place(OTHERS_KEPT)] = kept ? 1 : 0;
+}
+
+// What the row of prices says of the granules that the tile does not look into; `kept`: they stay exact
+// at any price that errors explain.
+void price_others(Tile tile, uvec2 prices, bool kept) {
+  if (has_all_prices()) {
+    write_others(tile, prices, kept);
+  } else {
+    count_others(tile, prices, kept);
   }
 }

@@ -144,6 +144,7 @@ struct AttentionParams {
   float candidate_share;  // of the granules that a tile sees, those that the router judges twice
   float floor_share;      // those that are exact for their importance
   uint judged_key_tiles;  // that a tile looks into: all, or the foremost
+  uint priced_key_tiles;  // of a row of prices; 0: it has those of all granules (common/prices.glsl)
   OperandLayout operand[OPERAND_COUNT];
   uint super_tile_granules;  // shaders have it as a constant
 };

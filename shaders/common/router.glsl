@@ -2,11 +2,9 @@
 #include "common/boundary.glsl"
 #include "common/elementary.glsl"
 #include "common/workgroup.glsl"
+#include "common/prices.glsl"
 #include "common/router_slab.glsl"
 #include "common/log_sums.glsl"
-
-#define PRICE_INFINITE 0x7f80u
-#define PRICE_KEPT 0x6f00u  // 2^95: no error reaches it
 
 const float LARGEST_VARIANCE = 2.0;
 shared float fine_log_sum[FINE_SUBS];  // as sub_log_sum, by finer sub-queries, after stage 2
@@ -68,6 +66,10 @@ uint granule_at(uint place) {
   return slab.looked_into.value[place / KEY_TILE_GRANULES] * KEY_TILE_GRANULES +
          place % KEY_TILE_GRANULES;
 }
+
+// Where the row of prices has those of a place; whether it has them at all.
+uint price_place(uint place) { return has_all_prices() ? granule_at(place) : first_price() + place; }
+bool has_price(uint place) { return !has_all_prices() || granule_at(place) < granule_count(); }
 
 // Of a place of the tile.
 Boundary boundary_at(Tile tile, uint place) {
@@ -305,25 +307,25 @@ void write_prices(Tile tile, uvec2 prices) {
         price = prices_of(importance, errors, value[j] / unit, note);
         if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
       }
-      if (granule[j] < granule_count()) Words(prices).word[granule[j]] = price.x << 16 | price.y;
+      if (has_price(place)) Words(prices).word[price_place(place)] = price.x << 16 | price.y;
     }
   }
 }
 
 // The n most important granules stay exact at any price that errors explain, and beyond, where a
-// budget leaves no room, in the order of theirs.
-void keep_foremost(Tile tile, uvec2 prices, uint n) {
+// budget leaves no room, in the order of theirs. Returns whether those that are not looked into, of no
+// importance, are among them.
+bool keep_foremost(Tile tile, uvec2 prices, uint n) {
   uint least = nth_key(tile.first_place, tile.end_place, n).x;
-  if (FOREMOST != 0 && least == 0) price_others(tile, prices, true);
   for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
        place += THREADS) {
     uint note = note_of(place);
     if (!is_seen(note) || key_of(note) < least) continue;
-    uint granule = granule_at(place);
-    uint price = Words(prices).word[granule];
+    uint at = price_place(place), price = Words(prices).word[at];
     if (price >> 16 == PRICE_INFINITE) continue;
-    Words(prices).word[granule] = (PRICE_KEPT + (price >> 19)) << 16 | (price & 0xffffu);
+    Words(prices).word[at] = (PRICE_KEPT + (price >> 19)) << 16 | (price & 0xffffu);
   }
+  return least == 0;
 }
 
 // Of all tiles, those of the last positions first: under a causal mask they see the most.
@@ -383,11 +385,13 @@ void price_tile(Tile tile) {
       sync_slab();
     }
   }
-  price_others(tile, prices, false);
   write_prices(tile, prices);
+  bool keeps_others = false;
   if (seen != 0) {
-    keep_foremost(tile, prices, uint(ceil(PARAMS.floor_share * float(seen_anywhere))));
+    uint n = uint(ceil(PARAMS.floor_share * float(seen_anywhere)));
+    keeps_others = keep_foremost(tile, prices, n);
   }
+  price_others(tile, prices, keeps_others);
 }
 
 // The workgroups take turns from both ends, so that each gets long and short tiles.
