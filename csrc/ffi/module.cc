@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "ffi/example_plan.h"
+#include "attention/example_plan.h"
 #include "ffi/handlers.h"
 #include "metrics/ceilings.h"
 #include "metrics/last_dispatch.h"
@@ -136,10 +136,6 @@ const char* PassName(Pass pass) {
   return "plan";
 }
 
-const char* DtypeName(std::uint32_t dtype) {
-  return dtype == DTYPE_F32 ? "float32" : dtype == DTYPE_F16 ? "float16" : "bfloat16";
-}
-
 // What the record tells by itself, without its measurements.
 nb::dict RecordDict(const DispatchRecord& record) {
   nb::list shaders, flops;
@@ -185,7 +181,7 @@ nb::dict ProfiledCallDict(const ProfiledCall& call) {
   dict["flops"] = flops;
   dict["bytes"] = bytes;
   dict["scratch_bytes"] = record.scratch_bytes;
-  dict["dtype"] = DtypeName(record.dtype);
+  dict["dtype"] = std::string(kDtypeNames[record.dtype]);
   dict["batch"] = record.batch;
   dict["queries"] = record.queries;
   dict["keys"] = record.keys;
