@@ -31,7 +31,7 @@ struct DeviceTraits {
   bool coopmat_bfloat16 = false;
   // The accumulator's element layout was probed and is the one the coopmat kernels assume.
   bool coopmat_layout_known = false;
-  // Shapes that a measured run found best on the device; null: none was made.
+  // Shapes that a measured run found best on the device; null: none.
   std::shared_ptr<const Tuning> tuning;
 };
 

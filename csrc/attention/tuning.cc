@@ -51,6 +51,11 @@ KernelShapes TunableShapes(const TunedKernel& tuned, const DeviceTraits& traits)
   return ShapesOf(tuned.kernel, ExampleProblem(call), traits).shapes;
 }
 
+bool CanRun(const TunedKernel& tuned, const ShapeNumbers& numbers, const DeviceTraits& traits) {
+  const KernelShapes shapes = TunableShapes(tuned, traits);
+  return std::ranges::find(shapes, numbers, NumbersOf) != shapes.end();
+}
+
 const KernelShape& TunedShape(Kernel kernel, const AttentionProblem& problem,
                               const DeviceTraits& traits, const KernelShapes& shapes) {
   if (traits.tuning == nullptr) return shapes.front();

@@ -33,8 +33,11 @@ std::string_view KernelName(Kernel kernel);
 std::optional<TunedKernel> FindTunedKernel(std::string_view kernel, std::string_view dtype,
                                            std::uint32_t head_dim, bool planned);
 
-// Shapes that a tuning can name: those of a plain call of moderate length.
+// Shapes that a tuning can name: those of a plain call of moderate length. None where the device
+// has no kernel for it.
 KernelShapes TunableShapes(const TunedKernel& tuned, const DeviceTraits& traits);
+
+bool CanRun(const TunedKernel& tuned, const ShapeNumbers& numbers, const DeviceTraits& traits);
 
 // Of the shapes that fit a problem the one that the device's tuning names; the first where it names
 // none of them.
