@@ -29,7 +29,7 @@ constexpr std::uint64_t kStep = 256;
 constexpr std::uint64_t kCausalStep = 1024;
 // Loops of a shape that a tuning names over those of the first one, where a driver ends loops: on
 // lavapipe narrower slices came to between 1 and 1.4 times what MayWalk allows for (dk and dv of
-// head_dim 64 in slices of 32), the first shapes to between a half and one.
+// head_dim 64 in slices of 32), the first shapes to at most 1.
 constexpr std::uint64_t kMoreLoops = 2;
 
 constexpr std::uint32_t kScoreFeatures =
