@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from functools import partial
@@ -16,6 +17,7 @@ from test_kernels import TOLERANCE, backward, forward, make, normal, tangent
 import jax_aat
 from jax_aat import tuning
 from jax_aat.__main__ import main
+from jax_aat.commands import tune
 from jax_aat.problem import Slot
 from jax_aat.tuning import Kernel, Shape
 
@@ -189,11 +191,13 @@ def test_a_file_that_is_no_good_is_ignored(damage, warning, capfd):
     assert relative_error(forward(problem)[0], Attention(problem).out) <= TOLERANCE["float32"][0]
 
 
-def test_a_tuning_that_cannot_be_written(cache, monkeypatch, capsys):
+def test_a_tuning_that_cannot_be_written(cache, quick, monkeypatch, capsys):
     (cache / "file").touch()
     monkeypatch.setenv("JAX_AAT_CACHE_DIR", str(cache / "file"))
-    with pytest.raises(RuntimeError, match="could not be written: make its folder writable"):
-        tuning.set_tuning(device(), {FORWARD: tuning.shapes_of(device(), FORWARD)[1]}, save=True)
+    assert main(ARGUMENTS) == 1
+    printed = capsys.readouterr()
+    assert "forward" in printed.out
+    assert "could not be written: make its folder writable" in printed.err
 
 
 def test_calls_go_on_while_the_tuning_changes():
@@ -300,6 +304,22 @@ def test_a_shape_that_computes_wrongly_is_refused(fault, words, quick, monkeypat
     assert f"refused for forward float32 32 exact: {shapes[-1]}: {words}" in printed
     # The last one of the others.
     assert tuning.tuning(device()) == {FORWARD: shapes[-2]}
+
+
+def test_what_is_measured_on_a_device():
+    gpu = dataclasses.replace(device(), kind="discrete")
+    every = tune.kernels_for(gpu, None, [64])
+    # float16 and bfloat16 run in portable kernels here, which have several shapes, too.
+    assert {kernel.dtype for kernel in every} == set(jax_aat.vulkan.DTYPES)
+    assert {kernel.name for kernel in every if not kernel.planned} == set(tuning.KERNELS)
+    planned = {kernel.name for kernel in every if kernel.planned}
+    assert planned == {"forward", "backward_dq", "backward_dkv"}
+    narrow = dataclasses.replace(gpu, traits={**gpu.traits, "storage_16bit": False})
+    assert {kernel.dtype for kernel in tune.kernels_for(narrow, None, [64])} == {"float32"}
+    processor = tune.kernels_for(device(), None, [64, 128])
+    assert {(kernel.dtype, kernel.planned) for kernel in processor} == {("float32", False)}
+    assert {kernel.head_dim for kernel in processor} == {64, 128}
+    assert {kernel.dtype for kernel in tune.kernels_for(device(), ["float16"], [64])} == {"float16"}
 
 
 def test_length_grows_while_calls_are_short(monkeypatch):

@@ -79,12 +79,12 @@ def run(options: argparse.Namespace) -> int:
             console.print(f"{device.name} is not tuned any more", soft_wrap=True)
             return terminal.GOOD
         measured = _measure(device, options)
+        console.print(_table(measured))
         chosen = {one.kernel: one.shapes[one.chosen] for one in measured}
         if not options.dry_run:
             tuning.set_tuning(device, tuning.tuning(device) | chosen, save=True)
     except RuntimeError as error:
         raise terminal.UnusableError(terminal.in_words(error)) from error
-    console.print(_table(measured))
     refused = [(one.kernel, words) for one in measured for words in one.refused]
     for kernel, words in refused:
         console.print(f"refused for {' '.join(kernel.words())}: {words}", soft_wrap=True)
@@ -102,6 +102,8 @@ def kernels_for(
 ) -> list[Kernel]:
     """The kernels that are measured on a device: those that have more than one shape there.
 
+    Not the tangents of adaptive calls, which are rare and take long to compile.
+
     Args:
       device: The device.
       dtypes: Those that are asked for; None: those that the device has time for.
@@ -110,8 +112,13 @@ def kernels_for(
     slow = device.kind == "cpu"
     wide = ("float32",) if slow or not device.traits["storage_16bit"] else vulkan.DTYPES
     every = itertools.product(dtypes or wide, head_dims, (False,) if slow else (False, True))
-    kernels = (Kernel(name, *rest) for rest in every for name in tuning.KERNELS)
-    return [kernel for kernel in kernels if len(tuning.shapes_of(device, kernel)) > 1]
+    kernels = [Kernel(name, *rest) for rest in every for name in tuning.KERNELS]
+    return [
+        kernel
+        for kernel in kernels
+        if len(tuning.shapes_of(device, kernel)) > 1
+        and not (kernel.planned and kernel.name == "tangent")
+    ]
 
 
 def _measure(device: vulkan.Device, options: argparse.Namespace) -> list[Measured]:
