@@ -188,7 +188,7 @@ def measure(
       device: The device that calls compute on.
       kernel: The kernel.
       length: Of the calls.
-      step: Called when a shape has been run for a round: as often as `steps_of` says.
+      step: Called when a shape has been run: `steps_of` says how often at most.
 
     Raises:
       RuntimeError: The kernel cannot be run in its first shape, or the device has no timestamps.
@@ -218,7 +218,7 @@ def measure(
 
 
 def steps_of(shapes: Sequence[Shape]) -> int:
-    """How many steps `measure` takes, at most."""
+    """How many steps `measure` takes, at most, of so many shapes."""
     return len(shapes) * (1 + _WARM_UP + ROUNDS)
 
 
