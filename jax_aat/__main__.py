@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_aat.commands import bench, info, selftest, show, trace
+from jax_aat.commands import bench, info, selftest, show, trace, tune
 from jax_aat.commands.terminal import BAD, EXIT_CODES, PROGRAM, UnusableError, UsageError
 
-COMMANDS = (info, selftest, bench, trace, show)
+COMMANDS = (info, selftest, bench, tune, trace, show)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,6 +46,7 @@ Record = TypedDict(
         "path": str,
         "platform": str,
         "device": str,
+        "device_index": int,
         "shaders": list[str],
         "flops": list[float],
         "imported_bytes": int,
@@ -138,10 +139,11 @@ def last_dispatch() -> Dispatch | None:
     """What the latest call of the process ran; waits for its kernels if they are timed."""
 
 class Plan(TypedDict):
-    """Family of kernels and shaders of a plan."""
+    """Family of kernels and shaders of a plan, and the specialisation constants of each."""
 
     path: str
     shaders: list[str]
+    specializations: list[list[int]]
 
 def example_plan(device: int, pass_name: str, dtype: str, head_dim: int) -> Plan:
     """The plan of a device for plain calls of a pass, 'forward', 'tangent' or 'backward'."""
@@ -203,6 +205,37 @@ def memory_stats(device: int) -> MemoryStatistics | None:
 
 def trim_memory(device: int) -> int:
     """Gives idle memory of a device back; returns the number of bytes."""
+
+# Name of the kernel, dtype, head_dim, whether calls have a plan; a shape as `kernel_shapes` has it.
+TuningEntry = tuple[str, str, int, bool, Sequence[int]]
+
+def kernel_shapes(
+    device: int, kernel: str, dtype: str, head_dim: int, planned: bool
+) -> list[list[int]]:
+    """Shapes that can run a kernel, the one that runs without a tuning first; few or none.
+
+    Args:
+      device: Index.
+      kernel: 'forward', 'tangent', 'backward_dq' or 'backward_dkv'.
+      dtype: As of `example_plan`.
+      head_dim: Likewise.
+      planned: Whether calls have a plan.
+
+    Returns:
+      Of each the rows of a tile, of a block and of a thread, the columns of a slice, the threads.
+    """
+
+def tuning(device: int) -> list[TuningEntry]:
+    """The tuning that calls on a device use."""
+
+def set_tuning(device: int, entries: Sequence[TuningEntry]) -> None:
+    """Makes later calls use another tuning; ValueError where a shape is none of the kernel's."""
+
+def save_tuning(device: int) -> None:
+    """Keeps the tuning in use for later processes; removes the file where there is none in use."""
+
+def tuning_path(device: int) -> str:
+    """The file of a device's tuning, whether it exists or not."""
 
 def validation_messages() -> list[str]:
     """What the validation layers said so far (`JAX_AAT_VALIDATION=1`)."""

@@ -20,6 +20,9 @@ from jax_aat.levels import (
 )
 from jax_aat.problem import EMPTY_LOGSUMEXP, accumulation_dtype
 
+TOLERANCE = {"float32": (2e-5, 1e-4), "float16": (1.5e-3, 5e-3), "bfloat16": (1e-2, 2e-2)}
+"""Largest relative error against float64 by dtype: of results, of derivatives."""
+
 
 def dense_attention(
     query: jax.Array,

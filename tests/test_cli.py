@@ -79,7 +79,7 @@ def test_no_command_prints_the_usage() -> None:
     assert "usage: python -m jax_aat" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["info", "selftest", "bench", "show"])
+@pytest.mark.parametrize("command", ["info", "selftest", "bench", "show", "tune"])
 def test_help_has_examples_and_exit_codes(command, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -99,6 +99,9 @@ def test_help_has_examples_and_exit_codes(command, capsys) -> None:
         (["bench", "--head-dim", "257"], "--head-dim: got 257, expected at most 256"),
         (["bench", "--budget", "1.5"], "--budget: got 1.5, expected a fraction of at most 1"),
         (["bench", "--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["tune", "--head-dim", "64", "257"], "--head-dim: got 257, expected at most 256"),
+        (["tune", "--length", "63"], "--length: got 63, expected at least 64"),
+        (["tune", "--reset", "--dry-run"], "--dry-run: not allowed with argument --reset"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys) -> None:
@@ -115,7 +118,7 @@ def test_without_the_extra_commands_name_it_and_info_works(monkeypatch, capsys) 
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["info"]) == 0
     capsys.readouterr()
-    for command in ("selftest", "bench", "show"):
+    for command in ("selftest", "bench", "show", "tune"):
         assert main([command]) == 1
         error = f"python -m jax_aat {command}: rich is not installed: pip install 'jax_aat[cli]'\n"
         assert capsys.readouterr().err == error

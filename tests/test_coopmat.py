@@ -1,5 +1,6 @@
 """The cooperative-matrix kernels against a float64 oracle, where a device has the matrices."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 from oracle import Attention, relative_error
 from test_kernels import TOLERANCE, backward, forward, make, normal
 
-from jax_aat import Adaptation, plan_tiles, tiled_attention, vulkan
+from jax_aat import Adaptation, plan_tiles, tiled_attention, tuning, vulkan
 from jax_aat.problem import Slot
 
 # Several tiles of 128 rows and blocks of 64, cut by the ends of the sequences.
@@ -89,6 +90,33 @@ def test_passes(name, dtype):
         assert relative_error(gradients[slot], reference) <= derivative_tolerance, slot
 
 
+@contextmanager
+def other_shapes(dtype, head_dim, *, planned):
+    """Kernels run in the last shape that a tuning may choose."""
+    device = vulkan.default_device()
+    names = ("forward", "backward_dq", "backward_dkv")
+    kernels = [tuning.Kernel(name, dtype, head_dim, planned) for name in names]
+    shapes = {kernel: tuning.shapes_of(device, kernel) for kernel in kernels}
+    assert all(len(fitting) > 1 for fitting in shapes.values())
+    before = tuning.tuning(device)
+    tuning.set_tuning(device, {kernel: fitting[-1] for kernel, fitting in shapes.items()})
+    try:
+        yield
+    finally:
+        tuning.set_tuning(device, before)
+
+
+NARROW = [name for name, case in CASES.items() if case.get("head_dim", 64) <= 64]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", NARROW)
+def test_passes_in_other_shapes(name, dtype):
+    require_matrices(dtype)
+    with other_shapes(dtype, CASES[name].get("head_dim", 64), planned=False):
+        test_passes(name, dtype)
+
+
 @pytest.mark.parametrize("wanted", [Slot.DQ, Slot.DK, Slot.DV])
 def test_one_gradient_alone(wanted):
     require_matrices("bfloat16")
@@ -129,6 +157,13 @@ def test_plans(query_tile, head_dim, rng):
     tolerances = (TOLERANCE["bfloat16"][0], *(TOLERANCE["bfloat16"][1],) * 3)
     for x, reference, tolerance in zip(found, expected, tolerances, strict=True):
         assert relative_error(x, reference) <= tolerance
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_plans_in_other_shapes(head_dim, rng):
+    require_matrices("bfloat16")
+    with other_shapes("bfloat16", head_dim, planned=True):
+        test_plans(128, head_dim, rng)
 
 
 def growing(problem):

@@ -26,15 +26,15 @@ std::uint32_t SharedBytes(Kernel kernel, const KernelShape& shape, std::uint32_t
 
 }  // namespace
 
-std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionProblem& problem,
-                                               const DeviceTraits& traits) {
+KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
+                           const DeviceTraits& traits) {
   const bool has_matrices = (problem.dtype == DTYPE_F16 && traits.coopmat_float16) ||
                             (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
   const std::uint32_t head_dim = problem.params.head_dim;
-  if (problem.features & FEATURE_ROW_COUNTS) return std::nullopt;
+  if (problem.features & FEATURE_ROW_COUNTS) return {};
   if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
       !RowsAllowVectors(problem.params, kVectorElements)) {
-    return std::nullopt;
+    return {};
   }
   const bool narrow = head_dim <= 64;
   KernelShape shape;
@@ -50,8 +50,8 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
     case Kernel::kBackwardDqStored:
       // Which gradients are stored, the kernel tells from positions alone. Up to 64 columns the two
       // products that it saves cost less than storing.
-      if (problem.features & (FEATURE_PLAN | FEATURE_MASK | FEATURE_SEGMENTS)) return std::nullopt;
-      if (narrow) return std::nullopt;
+      if (problem.features & (FEATURE_PLAN | FEATURE_MASK | FEATURE_SEGMENTS)) return {};
+      if (narrow) return {};
       shape = {"attend_backward_dq_stored_coopmat", 128, 128, 64};
       columns = std::max(head_dim, shape.tile_rows);
       break;
@@ -59,10 +59,10 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
       shape = {"attend_backward_dkv_coopmat", narrow ? 128u : 256u, 128, narrow ? 64u : 32u};
       break;
     default:
-      return std::nullopt;
+      return {};
   }
   // The backward kernels have no variant for a cotangent of the residual alone.
-  if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return std::nullopt;
+  if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return {};
   if (problem.features & FEATURE_PLAN) {
     const bool has_query_tiles = kernel != Kernel::kBackwardDkv;
     const std::uint32_t plan_rows = PlanTileRows(problem.params);
@@ -70,14 +70,20 @@ std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionPro
       shape.tile_rows = kSmallTile;
       shape.threads = kSmallTile / 16 * kSubgroupSize;
     }
-    if ((has_query_tiles ? shape.tile_rows : shape.block_rows) > plan_rows) return std::nullopt;
+    if ((has_query_tiles ? shape.tile_rows : shape.block_rows) > plan_rows) return {};
   }
   shape.required_subgroup_size = kSubgroupSize;
   if (SharedBytes(kernel, shape, columns) > traits.max_shared_memory ||
       shape.threads > traits.max_workgroup_invocations) {
-    return std::nullopt;
+    return {};
   }
-  return shape;
+  KernelShapes shapes = {shape};
+  if (narrow) {
+    // Blocks of half the rows, as wide heads have them, leave shared memory for more workgroups.
+    shape.block_rows /= 2;
+    shapes.push_back(shape);
+  }
+  return shapes;
 }
 
 }  // namespace jax_aat

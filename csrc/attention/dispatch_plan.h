@@ -4,12 +4,15 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "attention/problem.h"
 
 namespace jax_aat {
+
+struct Tuning;
 
 // The properties of a device that decide which kernels run and how they are specialised.
 struct DeviceTraits {
@@ -28,6 +31,8 @@ struct DeviceTraits {
   bool coopmat_bfloat16 = false;
   // The accumulator's element layout was probed and is the one the coopmat kernels assume.
   bool coopmat_layout_known = false;
+  // Shapes that a measured run found best on the device; null: none.
+  std::shared_ptr<const Tuning> tuning;
 };
 
 // The rows that a kernel of a planned call multiplies with those of queries.

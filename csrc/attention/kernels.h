@@ -1,8 +1,9 @@
 // The kernels that can compute a pass, and how each is cut into tiles for a device.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <optional>
+#include <vector>
 
 #include "attention/dispatch_plan.h"
 #include "attention/problem.h"
@@ -30,13 +31,33 @@ struct KernelShape {
   bool has_careful_pass = false;  // it marks tiles that its second pass (FEATURE_CAREFUL) redoes
 };
 
+// Rows of the tile, of a block and of a thread, columns of a slice, threads: what tells shapes of
+// one kernel apart.
+using ShapeNumbers = std::array<std::uint32_t, 5>;
+
+inline ShapeNumbers NumbersOf(const KernelShape& shape) {
+  return {shape.tile_rows, shape.block_rows, shape.thread_rows, shape.slice_columns, shape.threads};
+}
+
+// The shapes that a family has for a kernel, problem and device, all of which fit. The first runs
+// unless a tuning names another; there are few, as each is measured.
+using KernelShapes = std::vector<KernelShape>;
+
 // A way of computing attention that a device may or may not be able to run.
 struct KernelFamily {
   const char* path;  // what DispatchPlan::path says
-  // Nothing when the family has no kernel for the problem on the device.
-  std::optional<KernelShape> (*choose)(Kernel kernel, const AttentionProblem& problem,
-                                       const DeviceTraits& traits);
+  // None when the family has no kernel for the problem on the device.
+  KernelShapes (*shapes)(Kernel kernel, const AttentionProblem& problem,
+                         const DeviceTraits& traits);
 };
+
+// The most preferred family that has a kernel, and its shapes; null where none has one.
+struct KernelChoice {
+  const KernelFamily* family = nullptr;
+  KernelShapes shapes;
+};
+
+KernelChoice ShapesOf(Kernel kernel, const AttentionProblem& problem, const DeviceTraits& traits);
 
 // Query heads in a tile: the largest power of two that divides the heads of a group, at most 16.
 std::uint32_t TileHeads(const AttentionParams& params);
@@ -46,11 +67,11 @@ std::uint32_t TileHeads(const AttentionParams& params);
 bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements);
 
 // Kernels on cooperative matrices: float16 and bfloat16, head_dim a multiple of 8 up to 128.
-std::optional<KernelShape> ChooseCoopmatKernel(Kernel kernel, const AttentionProblem& problem,
-                                               const DeviceTraits& traits);
+KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
+                           const DeviceTraits& traits);
 
 // Kernels of float32 arithmetic, for any device.
-std::optional<KernelShape> ChoosePortableKernel(Kernel kernel, const AttentionProblem& problem,
-                                                const DeviceTraits& traits);
+KernelShapes PortableShapes(Kernel kernel, const AttentionProblem& problem,
+                            const DeviceTraits& traits);
 
 }  // namespace jax_aat

@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::uint64_t kScratchAlignment = 256;
 
-const char* DtypeName(std::uint32_t dtype) {
+const char* ModuleSuffix(std::uint32_t dtype) {
   return dtype == DTYPE_F32 ? "f32" : dtype == DTYPE_F16 ? "f16" : "bf16";
 }
 
@@ -62,7 +62,7 @@ Dispatch& PlanBuilder::AddListKernel(const char* shader, const KernelShape& shap
 }
 
 std::string PlanBuilder::ModuleName(const KernelShape& shape) const {
-  return std::string(shape.shader) + "." + DtypeName(problem_.dtype);
+  return std::string(shape.shader) + "." + ModuleSuffix(problem_.dtype);
 }
 
 void PlanBuilder::AddScratch(std::uint32_t slot, std::uint64_t bytes) {

@@ -11,15 +11,10 @@
 #include "attention/plan_shape.h"
 #include "attention/state_planner.h"
 #include "attention/tile_planner.h"
+#include "attention/tuning.h"
 
 namespace jax_aat {
 namespace {
-
-// In order of preference.
-constexpr KernelFamily kFamilies[] = {
-    {"coopmat", ChooseCoopmatKernel},
-    {"portable", ChoosePortableKernel},
-};
 
 constexpr std::uint32_t kGranuleRows = 16;
 // Of the kernel that makes lists: more where a tile has many granules to look at.
@@ -32,6 +27,10 @@ constexpr std::uint32_t kDeltaThreads = 64;
 // GPU is to be full until its end, and with causality the longest tile is twice as long as most.
 constexpr std::uint64_t kStep = 256;
 constexpr std::uint64_t kCausalStep = 1024;
+// Loops of a shape that a tuning names over those of the first one, where a driver ends loops: on
+// lavapipe narrower slices came to between 1 and 1.4 times what MayWalk allows for (dk and dv of
+// head_dim 64 in slices of 32), the first shapes to at most 1.
+constexpr std::uint64_t kMoreLoops = 2;
 
 constexpr std::uint32_t kScoreFeatures =
     kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
@@ -129,10 +128,8 @@ class Planner {
     if (wants_score_gradient) AddDelta();
     builder_.AddBarrier();
     const std::uint32_t cotangents = FEATURE_DOUT | FEATURE_DSHARES;
-    if (wants_queries) CheckWalk(KeysOfTile(dq_shape));
-    if (wants_keys || wants_coarse_rows) {
-      CheckWalk(std::uint64_t{params_.queries} * (params_.query_heads / params_.kv_heads));
-    }
+    if (wants_queries) CheckWalk(RowsWalked(Kernel::kBackwardDq, dq_shape));
+    if (wants_keys || wants_coarse_rows) CheckWalk(RowsWalked(Kernel::kBackwardDkv, dkv_shape));
     const double key_products =
         2 + (Has(FEATURE_DK) ? 2 + value_products : 0) + (Has(FEATURE_DV) ? value_products : 0);
     const std::uint32_t key_features =
@@ -168,8 +165,8 @@ class Planner {
   // Replaces the kernel of dq by that of stored score gradients, where there is one and room for
   // what it reads.
   bool StoreScoreGradients(KernelShape& dq_shape) {
-    const auto stored = ChooseCoopmatKernel(Kernel::kBackwardDqStored, problem_, traits_);
-    if (!stored) return false;
+    const KernelShapes stored = CoopmatShapes(Kernel::kBackwardDqStored, problem_, traits_);
+    if (stored.empty()) return false;
     constexpr std::uint64_t kTileRows = 128;  // as in shaders/common/score_gradients.glsl
     const std::uint64_t chunks = params_.query_heads / params_.kv_heads / TileHeads(params_);
     const std::uint64_t rows =
@@ -187,7 +184,7 @@ class Planner {
     params_.score_gradient_heads = static_cast<std::uint32_t>(stored_heads);
     params_.operand[OPERAND_SCORE_GRADIENTS].head_stride = CheckedStride(head_bytes / 2);
     builder_.AddScratch(OPERAND_SCORE_GRADIENTS, head_bytes * stored_heads);
-    dq_shape = *stored;
+    dq_shape = stored.front();
     return true;
   }
 
@@ -220,8 +217,7 @@ class Planner {
 
   void PlanQueryKernel(Kernel kernel, std::uint32_t features, double flops_a_pair_and_column) {
     const KernelShape shape = Choose(kernel);
-    // Tangents need about twice the loops of the other kernels.
-    CheckWalk(KeysOfTile(shape) * (kernel == Kernel::kTangent ? 2 : 1));
+    CheckWalk(RowsWalked(kernel, shape));
     AddLists(shape, /*transposed=*/false);
     builder_.AddBarrier();
     AddKernel(shape, features, QueryTiles(shape), flops_a_pair_and_column);
@@ -236,16 +232,17 @@ class Planner {
   }
 
   KernelShape Choose(Kernel kernel) {
-    for (const KernelFamily& family : kFamilies) {
-      if (const auto shape = family.choose(kernel, problem_, traits_)) {
-        if (family_ == nullptr || &family < family_) family_ = &family;
-        return *shape;
-      }
+    const KernelChoice choice = ShapesOf(kernel, problem_, traits_);
+    if (choice.family == nullptr) {
+      throw std::invalid_argument(
+          "no attention kernel fits the device: it has " +
+          std::to_string(traits_.max_shared_memory) + " bytes of shared memory and " +
+          std::to_string(traits_.max_workgroup_invocations) + " threads a workgroup");
     }
-    throw std::invalid_argument(
-        "no attention kernel fits the device: it has " + std::to_string(traits_.max_shared_memory) +
-        " bytes of shared memory and " + std::to_string(traits_.max_workgroup_invocations) +
-        " threads a workgroup");
+    if (family_ == nullptr || choice.family < family_) family_ = choice.family;
+    const KernelShape& tuned = TunedShape(kernel, problem_, traits_, choice.shapes);
+    const bool allowed = MayWalk(kMoreLoops * RowsWalked(kernel, tuned));
+    return allowed ? tuned : choice.shapes.front();
   }
 
   // Lists are apart only where lengths, segments or masks tell batch entries or heads apart.
@@ -372,11 +369,24 @@ class Planner {
     return std::min<std::uint64_t>(params_.keys, shape.tile_rows + WindowSpan());
   }
 
-  // That a workgroup may walk so many rows. Measured on lavapipe with head_dim 8, 64, 128 and 256:
-  // at most 2.9, 5.7, 11.4 and 22.8 iterations a row.
-  void CheckWalk(std::uint64_t rows) const {
+  // By a workgroup, at most; those of tangents, which need about twice the loops of the other
+  // kernels, count twice.
+  std::uint64_t RowsWalked(Kernel kernel, const KernelShape& shape) const {
+    if (kernel == Kernel::kBackwardDkv) {
+      return std::uint64_t{params_.queries} * (params_.query_heads / params_.kv_heads);
+    }
+    return KeysOfTile(shape) * (kernel == Kernel::kTangent ? 2 : 1);
+  }
+
+  // Whether a workgroup may walk so many rows. Measured on lavapipe with head_dim 8, 64, 128 and
+  // 256: at most 2.9, 5.7, 11.4 and 22.8 iterations a row.
+  bool MayWalk(std::uint64_t rows) const {
     const std::uint64_t iterations = rows * (36 + params_.head_dim) / 12;
-    if (traits_.max_loop_iterations == 0 || iterations <= traits_.max_loop_iterations) return;
+    return traits_.max_loop_iterations == 0 || iterations <= traits_.max_loop_iterations;
+  }
+
+  void CheckWalk(std::uint64_t rows) const {
+    if (MayWalk(rows)) return;
     throw std::invalid_argument(
         "a workgroup would walk " + std::to_string(rows) +
         " rows or as much, and this driver ends the loops of a shader after " +

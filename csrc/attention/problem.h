@@ -4,10 +4,14 @@
 
 #include <array>
 #include <cstdint>
+#include <string_view>
 
 #include "common/params.h"
 
 namespace jax_aat {
+
+// As users know them, by their number (DTYPE_F32 and so on).
+inline constexpr std::string_view kDtypeNames[] = {"float32", "float16", "bfloat16"};
 
 enum class Pass { kForward, kTangent, kBackward, kPlan };
 

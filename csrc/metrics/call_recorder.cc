@@ -30,6 +30,7 @@ CallRecorder::CallRecorder(const char* platform, std::shared_ptr<Context> contex
       .pass = problem.pass,
       .platform = platform,
       .device = context_->device().physical().name,
+      .device_index = context_->device().physical().index,
       .batch = params.batch_count,
       .queries = params.queries,
       .keys = params.keys,

@@ -27,6 +27,7 @@ struct DispatchRecord {
   std::string path;      // family of kernels: "portable" or "coopmat"
   std::string platform;  // of JAX: "cpu" or "cuda"
   std::string device;
+  std::uint32_t device_index = 0;
   // Sizes of the problem.
   std::uint32_t batch = 0, queries = 0, keys = 0, query_heads = 0, kv_heads = 0, head_dim = 0;
   std::uint32_t dtype = DTYPE_F32;

@@ -8,6 +8,7 @@
 #include "vulkan/coopmat_probe.h"
 #include "vulkan/logging.h"
 #include "vulkan/text.h"
+#include "vulkan/tuning_file.h"
 
 namespace jax_aat {
 namespace {
@@ -48,7 +49,21 @@ Context::Context(const Instance& instance, const PhysicalDevice& physical)
   // buffer.
   traits_.max_score_gradient_bytes = std::min(
       {traits_.max_score_gradient_bytes, memory_.limit() / 4, physical.max_allocation_bytes / 2});
+  SetTuning(ReadTuning(physical, traits_));
 }
+
+DeviceTraits Context::traits() const {
+  const std::lock_guard lock(tuning_mutex_);
+  return traits_;
+}
+
+void Context::SetTuning(Tuning tuning) {
+  auto shared = std::make_shared<const Tuning>(std::move(tuning));
+  const std::lock_guard lock(tuning_mutex_);
+  traits_.tuning = std::move(shared);
+}
+
+void Context::SaveTuning() const { WriteTuning(device_.physical(), *traits().tuning); }
 
 bool Context::ProbeCoopmatLayout() {
   const auto matches = [this](const char* shader) {
@@ -72,7 +87,7 @@ Context::~Context() {
 
 PreparedPlan Context::Prepare(const AttentionProblem& problem,
                               const std::function<VkDeviceAddress(std::uint64_t)>& lent) {
-  DeviceTraits traits = traits_;
+  DeviceTraits traits = this->traits();
   while (true) {
     PreparedPlan prepared = {.plan = PlanAttention(problem, traits)};
     const std::uint64_t bytes = prepared.plan.scratch_bytes;
@@ -97,7 +112,7 @@ Submission Context::Run(PreparedPlan prepared, const OperandAddresses& addresses
   const DispatchPlan& plan = prepared.plan;
   std::vector<VkPipeline> pipelines;
   for (const Dispatch& dispatch : plan.dispatches) {
-    if (*std::ranges::max_element(dispatch.groups) > traits().max_workgroup_count) {
+    if (*std::ranges::max_element(dispatch.groups) > traits_.max_workgroup_count) {
       throw Error(ErrorKind::kInternal, Concat("The kernel ", dispatch.shader,
                                                " needs more workgroups than the device allows."));
     }

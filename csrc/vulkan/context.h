@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention/dispatch_plan.h"
+#include "attention/tuning.h"
 #include "vulkan/commands.h"
 #include "vulkan/device.h"
 #include "vulkan/memory.h"
@@ -64,7 +65,12 @@ class Context {
   ~Context();
 
   const Device& device() const { return device_; }
-  const DeviceTraits& traits() const { return traits_; }
+  // With the tuning in use, which may be another one for the next call.
+  DeviceTraits traits() const;
+  // Later calls use it.
+  void SetTuning(Tuning tuning);
+  // Keeps the tuning in use for later processes, see WriteTuning.
+  void SaveTuning() const;
   MemoryManager& memory() { return memory_; }
   QueryRing& queries() { return queries_; }
   Pipelines& pipelines() { return pipelines_; }
@@ -98,6 +104,7 @@ class Context {
   bool ProbeCoopmatLayout();
 
   const Device device_;
+  mutable std::mutex tuning_mutex_;  // of the tuning among the traits; the rest does not change
   DeviceTraits traits_;
   MemoryManager memory_;
   QueryRing queries_;

@@ -1,34 +1,15 @@
 #include "vulkan/pipeline_cache.h"
 
-#include <unistd.h>
-
 #include <cstdint>
-#include <cstring>
 #include <fstream>
-#include <span>
-#include <string>
 #include <vector>
 
+#include "vulkan/cache_files.h"
 #include "vulkan/logging.h"
-#include "vulkan/shaders.h"
 #include "vulkan/text.h"
 
 namespace jax_aat {
 namespace {
-
-// FNV-1a over 64 bits.
-class Hash {
- public:
-  void Add(std::span<const std::byte> bytes) {
-    for (const std::byte byte : bytes) {
-      value_ = (value_ ^ std::to_integer<std::uint64_t>(byte)) * 0x100000001b3;
-    }
-  }
-  std::uint64_t value() const { return value_; }
-
- private:
-  std::uint64_t value_ = 0xcbf29ce484222325;
-};
 
 // Drivers check little of what they are given, so a file carries its own size and checksum.
 struct FileHeader {
@@ -36,33 +17,6 @@ struct FileHeader {
   std::uint64_t bytes = 0;
   std::uint64_t checksum = 0;
 };
-
-std::uint64_t Checksum(std::span<const char> data) {
-  Hash hash;
-  hash.Add(std::as_bytes(data));
-  return hash.value();
-}
-
-std::uint64_t ShadersHash() {
-  static const std::uint64_t value = [] {
-    Hash hash;
-    for (const ShaderModule& module : EmbeddedShaders()) {
-      hash.Add(std::as_bytes(std::span(module.name)));
-      hash.Add(std::as_bytes(module.words));
-    }
-    return hash.value();
-  }();
-  return value;
-}
-
-std::filesystem::path CacheDirectory() {
-  if (const std::string own = Environment("JAX_AAT_CACHE_DIR"); !own.empty()) return own;
-  if (const std::string base = Environment("XDG_CACHE_HOME"); !base.empty()) {
-    return std::filesystem::path(base) / "jax_aat";
-  }
-  const std::string home = Environment("HOME");
-  return home.empty() ? std::filesystem::path() : std::filesystem::path(home) / ".cache/jax_aat";
-}
 
 std::vector<char> ReadFile(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -84,12 +38,7 @@ std::vector<char> ReadFile(const std::filesystem::path& path) {
 }  // namespace
 
 std::filesystem::path PipelineCachePath(const PhysicalDevice& device) {
-  const std::filesystem::path directory = CacheDirectory();
-  if (directory.empty()) return {};
-  std::ostringstream name;
-  name << device.uuid << '-' << std::hex << device.driver_version << '-' << ShadersHash()
-       << ".pipelines";
-  return directory / name.str();
+  return CacheFile(device, ".pipelines");
 }
 
 PipelineCache::PipelineCache(const Device& device)
@@ -119,17 +68,8 @@ void PipelineCache::Save() {
   data.resize(bytes);
   const FileHeader header = {.bytes = bytes, .checksum = Checksum(data)};
 
-  std::error_code failure;
-  std::filesystem::create_directories(path_.parent_path(), failure);
-  const std::filesystem::path fresh = Concat(path_.string(), ".", getpid());
-  std::ofstream file(fresh, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(&header), sizeof(header));
-  file.write(data.data(), static_cast<std::streamsize>(data.size()));
-  file.close();
-  if (file) std::filesystem::rename(fresh, path_, failure);
-  if (!file || failure) {
+  if (!ReplaceFile(path_, {{reinterpret_cast<const char*>(&header), sizeof(header)}, data})) {
     Log(LogLevel::kWarning, Concat("the pipeline cache ", path_.string(), " could not be written"));
-    std::filesystem::remove(fresh, failure);
     return;
   }
   saved_bytes_ = bytes;

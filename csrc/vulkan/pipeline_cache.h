@@ -9,9 +9,7 @@
 
 namespace jax_aat {
 
-// Where the cache of a device lies: in JAX_AAT_CACHE_DIR, else $XDG_CACHE_HOME/jax_aat, else
-// ~/.cache/jax_aat; one file for a device, a driver version and a set of shaders. Empty, and
-// nothing is kept, where none of the three is set.
+// Where the cache of a device lies, as CacheFile has it.
 std::filesystem::path PipelineCachePath(const PhysicalDevice& device);
 
 class PipelineCache {

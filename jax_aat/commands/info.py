@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jax_aat import vulkan
+from jax_aat import tuning, vulkan
 from jax_aat.commands import terminal
 from jax_aat.primitives.rules import SHORT_CALLS
 
@@ -25,7 +25,7 @@ VARIABLES = {
     "JAX_AAT_LOG": "least severe messages written: error, warning, info or debug",
     "JAX_AAT_VALIDATION": "1 runs under the Vulkan validation layers",
     "JAX_AAT_MEMORY_LIMIT": "bytes of device memory that may be held",
-    "JAX_AAT_CACHE_DIR": "folder of compiled pipelines",
+    "JAX_AAT_CACHE_DIR": "folder of compiled pipelines and tunings",
 }
 
 
@@ -64,6 +64,7 @@ def report() -> Iterator[str]:
         yield "kernels, for calls without bias or mask:"
         yield from _table(_kernels(default))
         yield ""
+        yield from _tuning(default)
         yield f"pipeline cache: {_pipeline_cache()}"
     chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
     yield f"implementation=None means {chosen!r} here: {_reason(default, chosen)}"
@@ -134,6 +135,21 @@ def _table(rows: Iterable[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         yield "  " + "  ".join(map(str.ljust, row, widths)).rstrip()
+
+
+def _tuning(device: vulkan.Device) -> Iterator[str]:
+    file = tuning.file_of(device)
+    shapes = tuning.tuning(device)
+    if not shapes:
+        yield f"tuning: none, {terminal.PROGRAM} tune would write {file}"
+        return
+    yield f"tuning: {file}"
+    rows = [("kernel", "dtype", "head_dim", "calls", "shape")]
+    for kernel, shape in shapes.items():
+        rule = tuning.shapes_of(device, kernel)[0]
+        rows.append((*kernel.words(), f"{shape}{' (default)' if shape == rule else ''}"))
+    yield from _table(rows)
+    yield ""
 
 
 def _pipeline_cache() -> str:

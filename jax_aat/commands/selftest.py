@@ -19,10 +19,8 @@ from jax_aat.adaptation import Adaptation
 from jax_aat.attention import plan_tiles, tiled_attention
 from jax_aat.commands import terminal
 from jax_aat.problem import EMPTY_LOGSUMEXP
-from jax_aat.reference import dense_attention, relative_error
+from jax_aat.reference import TOLERANCE, dense_attention, relative_error
 
-TOLERANCE = {"float32": (2e-5, 1e-4), "float16": (1.5e-3, 5e-3), "bfloat16": (1e-2, 2e-2)}
-"""Largest relative error against float64 by dtype: of results, of derivatives."""
 # At the rounding of the last operation chance decides which of two errors is the larger.
 _ROUNDING = {"float32": 1e-6, "float16": 0.0, "bfloat16": 0.0}
 _BATCH = 2

@@ -16,6 +16,7 @@
 #include "random_problem.h"
 #include "stored_gradients_test.h"
 #include "tile_planner_test.h"
+#include "tuning_test.h"
 
 namespace jax_aat {
 namespace {
@@ -238,7 +239,8 @@ void Fuzz() {
   Random random(1);
   for (round = 0; round < kRounds; ++round) {
     const AttentionProblem problem = RandomProblem(random);
-    const DeviceTraits traits = RandomTraits(random);
+    DeviceTraits traits = RandomTraits(random);
+    if (Chance(random)) AddRandomTuning(random, problem, traits);
     DispatchPlan plan;
     try {
       plan = PlanAttention(problem, traits);
@@ -250,6 +252,7 @@ void Fuzz() {
     }
     CheckDispatches(problem, traits, plan);
     CheckScratch(problem, plan);
+    CheckTuned(problem, traits, plan);
     if (std::uint64_t{problem.params.queries} * problem.params.keys <= 10000) {
       CheckCapacity(problem, plan);
       if (problem.pass == Pass::kForward) {
@@ -326,6 +329,7 @@ int main() {
   jax_aat::FuzzPlanning();
   jax_aat::FuzzStoredGradients();
   jax_aat::FuzzMeans();
+  jax_aat::TestShapes();
   jax_aat::Refusals();
   return 0;
 }

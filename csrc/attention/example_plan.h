@@ -1,5 +1,5 @@
-// The plan of a plain call, so that people can see which kernels a device would be given and how
-// much memory these would take.
+// A plain call and its plan, so that people can see which kernels a device would be given and how
+// much memory these would take, and a tuning what it may choose from.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,10 @@ struct ExampleCall {
   bool corrects = false;
 };
 
-// Throws std::invalid_argument for a name of a pass or dtype that is none, or as PlanAttention.
+// Throws std::invalid_argument for a name of a pass or dtype that is none.
+AttentionProblem ExampleProblem(const ExampleCall& call);
+
+// Throws likewise, or as PlanAttention.
 DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits);
 
 }  // namespace jax_aat

@@ -1,4 +1,4 @@
-#include "ffi/example_plan.h"
+#include "attention/example_plan.h"
 
 #include <algorithm>
 #include <iterator>
@@ -25,10 +25,10 @@ std::uint32_t IndexOf(const std::string_view (&names)[N], std::string_view name)
 
 }  // namespace
 
-DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits) {
+AttentionProblem ExampleProblem(const ExampleCall& call) {
   AttentionProblem problem;
   problem.pass = static_cast<Pass>(IndexOf({"forward", "tangent", "backward"}, call.pass));
-  problem.dtype = IndexOf({"float32", "float16", "bfloat16"}, call.dtype);
+  problem.dtype = IndexOf(kDtypeNames, call.dtype);
   const auto set = [&](std::uint32_t features) { problem.features |= features; };
   const bool is_backward = problem.pass == Pass::kBackward;
   if (problem.pass != Pass::kForward) set(FEATURE_DQ | FEATURE_DK | FEATURE_DV);
@@ -69,7 +69,11 @@ DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits) {
     if (is_backward) set(FEATURE_DCOARSE_K | FEATURE_DCOARSE_V);
     if (is_backward && call.corrects) set(FEATURE_DSHARES | FEATURE_DLEVEL_BIAS);
   }
-  return PlanAttention(problem, traits);
+  return problem;
+}
+
+DispatchPlan ExamplePlan(const ExampleCall& call, const DeviceTraits& traits) {
+  return PlanAttention(ExampleProblem(call), traits);
 }
 
 }  // namespace jax_aat
