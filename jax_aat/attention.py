@@ -139,7 +139,8 @@ def tiled_attention(
       implementation: 'vulkan': the shaders of this package; 'xla': the same algorithm in jax.numpy;
         None: Vulkan where a hardware GPU serves the call, else XLA, which also gets calls without
         adaptation that are too short for Vulkan to pay: on CUDA those of up to 2^23 pairs of a
-        query row and a key. `jax_aat.last_dispatch()` tells what Vulkan ran.
+        query row and a key in up to 8 tiles of 256 positions by 512 keys.
+        `jax_aat.last_dispatch()` tells what Vulkan ran.
       adaptation: How much is computed exactly; None: everything, unless there is a plan. The
         gradient is that of the chosen levels, which have none themselves.
       plan: Levels to use, from `plan_tiles` for arguments of the same shapes, causality and window;

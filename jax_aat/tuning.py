@@ -119,8 +119,8 @@ def computing_device() -> vulkan.Device:
         raise RuntimeError(f"Vulkan cannot be used: {problem}")
     one = jnp.ones((1, 1, 1, 1))
     jax.block_until_ready(tiled_attention(one, one, one, implementation="vulkan"))
-    last = _native.last_dispatch()
-    assert last is not None
+    if jax.default_backend() not in ("cpu", "gpu") or (last := _native.last_dispatch()) is None:
+        raise RuntimeError(f"JAX computes on {jax.default_backend()} here, not by Vulkan")
     return vulkan.devices()[last["device_index"]]
 
 
@@ -155,11 +155,12 @@ def set_tuning(device: vulkan.Device, shapes: dict[Kernel, Shape], *, save: bool
         _native.save_tuning(device.index)
 
 
-def file_of(device: vulkan.Device) -> Path:
-    """Where the tuning of a device is kept, if it has one."""
+def file_of(device: vulkan.Device) -> Path | None:
+    """Where the tuning of a device is kept, if it has one; None: there is no folder for it."""
     from jax_aat import _native
 
-    return Path(_native.tuning_path(device.index))
+    path = _native.tuning_path(device.index)
+    return Path(path) if path else None
 
 
 def representative_length(device: vulkan.Device, dtype: str, head_dim: int) -> int:
@@ -241,7 +242,7 @@ def choose(times: Sequence[Sequence[float]]) -> int:
 
 @contextmanager
 def _measuring(device: vulkan.Device) -> Iterator[Callable[[dict[Kernel, Shape]], None]]:
-    """Times kernels and lets other tunings be tried; then everything is as it was before."""
+    """Times kernels and lets other tunings be tried; afterwards the tuning is that of before."""
     before = tuning(device)
     vulkan.set_timing(True)
     try:

@@ -279,10 +279,11 @@ def unserved(dtype: Any, head_dim: int) -> str:
 
 
 def choose_implementation(implementation: str | None, dtype: Any, head_dim: int) -> str:
-    """The implementation that a call gets, 'vulkan' or 'xla'.
+    """The implementation that calls get, 'vulkan' or 'xla', however short they are.
 
     Args:
-      implementation: The one asked for; None: Vulkan where a hardware GPU serves the call.
+      implementation: The one asked for; None: Vulkan where a hardware GPU serves the call, which
+        may still leave a short one to XLA (`jax_aat.primitives.rules.BY_SIZE`).
       dtype: Of the query.
       head_dim: Of the query.
 

@@ -18,7 +18,8 @@ const uint KEY_TILES = THREADS / KEY_TILE_GRANULES;
 const uint SUPER_TILE_WORDS = SUPER_TILE_GRANULES / LEVEL_GRANULES;
 
 shared uint level_words[WORDS];  // of THREADS granules
-shared uint priced[KEY_TILES];   // the place of each of their key tiles among those with prices, or NO_KEY_TILE
+// The place of each of their key tiles among those with prices, or NO_KEY_TILE.
+shared uint priced[KEY_TILES];
 shared uvec3 totals;  // full granules, those at level 0, coarse rows
 
 // The upper half of a float32, of which those below 0 count as 0.
@@ -57,7 +58,7 @@ uint prices_at(View prices, uint row, uint granule) {
   if (has_all_prices()) return load_word(prices.base, row + granule);
   uint place = priced[granule / KEY_TILE_GRANULES % KEY_TILES];
   if (place == NO_KEY_TILE) {
-    return price_elsewhere(load_word(prices.base, row + others_place(OTHERS_KEPT)) != 0);
+    return price_of_other(load_word(prices.base, row + others_place(OTHERS_KEPT)) != 0);
   }
   place = place * KEY_TILE_GRANULES + granule % KEY_TILE_GRANULES;
   return load_word(prices.base, row + first_price() + place);

@@ -61,6 +61,12 @@ def test_info_without_a_driver_says_what_to_install() -> None:
     assert "implementation=None means 'xla' here" in done.stdout
 
 
+def test_info_without_a_folder_for_caches() -> None:
+    done = run("info", HOME="", XDG_CACHE_HOME="", JAX_AAT_CACHE_DIR="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("there is no folder to keep it in: set JAX_AAT_CACHE_DIR") == 2
+
+
 def test_info_with_a_device_that_is_not_there() -> None:
     done = run("info", JAX_AAT_DEVICE="no such device")
     assert done.returncode == 1

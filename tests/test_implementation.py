@@ -42,6 +42,16 @@ def test_short_calls_are_left_to_xla(batch, chosen, rng):
     assert gradient.shape == out.shape
 
 
+def test_many_steps_are_left_to_vulkan(rng):
+    """A query of a long cache is few pairs, which XLA walks one block after another."""
+    q, k, v = normal(rng, 1, 1, 1, 16), *(normal(rng, 1, 4500, 1, 16) for _ in range(2))
+    assert 2 * PAIRS >= 4500
+    with Ran("vulkan", "forward"):
+        jax.block_until_ready(tiled_attention(q, k, v))
+    with Ran("xla"):
+        jax.block_until_ready(tiled_attention(q, k[:, :4096], v[:, :4096]))
+
+
 def test_vmap_counts_all_entries(rng):
     x = [jnp.stack([y] * 3) for y in operands(rng, 1)]
     with Ran("vulkan", "forward"):

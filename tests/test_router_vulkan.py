@@ -287,7 +287,8 @@ def test_more_granules_than_shared_memory_takes_notes_of(budget, rng):
 BRIEF = {
     "causal": ({"causal": True}, {"budget": 0.2}),
     "lengths and a window": ({"window": (1400, 300)}, {"threshold": 1e-4}),
-    "all are kept": ({}, {"budget": 0.01, "levels": (0,)}),
+    "all are kept, by a budget": ({}, {"budget": 0.2, "levels": (0,)}),
+    "all are kept, by a threshold": ({}, {"threshold": 1e-4, "levels": (0,)}),
 }
 
 
@@ -299,14 +300,19 @@ def test_prices_of_the_foremost_say_as_much_as_all(name, rng, monkeypatch):
     options = Options(**{"scale": SCALE} | options)
     adaptation = Adaptation(query_tile=16, super_tile=256, **fields)
     operands = clustered(rng, 1800 if options.causal else 100, 1800, 2, 1, head_dim=8)
-    if name == "all are kept":  # as importance is 0 elsewhere
+    if "kept" in name:  # as importance is 0 elsewhere
         operands[Slot.Q] *= 200
     if name == "lengths and a window":
         operands[Slot.Q_LENGTHS] = jnp.asarray([100, 60], jnp.int32)
         operands[Slot.KV_LENGTHS] = jnp.asarray([1710, 900], jnp.int32)
     grid = grid_of(operands, adaptation)
     prices = make_prices(operands, options, adaptation)
-    operands |= router.goal_of(operands, options, grid, adaptation, None, None)
+    assert (prices >> 16 == 0x6F00).any() == ("kept" in name)
+    previous = None
+    if adaptation.threshold:
+        levels = (2, grid.lists, grid.tiles, grid.words)
+        previous = jnp.asarray(rng.integers(0, 2**32, levels, dtype=np.uint32))
+    operands |= router.goal_of(operands, options, grid, adaptation, None, previous)
 
     def plan(operands):
         with Ran("vulkan", "plan"):

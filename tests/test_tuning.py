@@ -348,3 +348,29 @@ def test_a_device_without_timestamps(quick, monkeypatch, capsys):
     assert main(ARGUMENTS) == 1
     assert "the device has no timestamps" in capsys.readouterr().err
     assert tuning.tuning(device()) == {}
+
+
+def test_without_a_folder_nothing_is_measured(quick, monkeypatch, capsys):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_AAT_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    assert main(ARGUMENTS) == 1
+    printed = capsys.readouterr()
+    assert "there is no folder to keep it in: set JAX_AAT_CACHE_DIR" in printed.err
+    assert "forward" not in printed.out
+    assert main(["tune", "--reset"]) == 0
+
+
+def test_a_kernel_that_fails_does_not_lose_the_others(quick, monkeypatch, capsys):
+    measure = tuning.measure
+
+    def fails_once(device, kernel, length, step):
+        if kernel.dtype == "float32":
+            raise jax.errors.JaxRuntimeError("no room for it")
+        return measure(device, kernel, length, step)
+
+    monkeypatch.setattr(tuning, "measure", fails_once)
+    arguments = ["float32", "bfloat16", *ARGUMENTS[3:]]
+    assert main(["tune", "--dtype", *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert "refused for forward float32 32 exact: JaxRuntimeError: no room for it" in printed
+    assert set(tuning.tuning(device())) == {FORWARD._replace(dtype="bfloat16")}

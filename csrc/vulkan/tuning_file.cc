@@ -43,12 +43,12 @@ std::string LastLine(std::string_view lines) {
 // Adds what a line says; whether it says anything.
 bool AddLine(const std::string& line, Tuning& tuning) {
   std::istringstream words(line);
-  std::string kernel, dtype, conditions;
+  std::string kernel, dtype, calls;
   std::uint32_t head_dim = 0;
   ShapeNumbers numbers;
-  words >> kernel >> dtype >> head_dim >> conditions;
+  words >> kernel >> dtype >> head_dim >> calls;
   for (std::uint32_t& number : numbers) words >> number;
-  const auto tuned = FindTunedKernel(kernel, dtype, head_dim, conditions == "planned");
+  const auto tuned = FindTunedKernel(kernel, dtype, head_dim, calls == "planned");
   if (!words || !tuned || LineOf(*tuned, numbers) != line) return false;
   tuning.shapes[*tuned] = numbers;
   return true;
@@ -99,6 +99,7 @@ Tuning ReadTuning(const PhysicalDevice& device, const DeviceTraits& traits) {
 
 void WriteTuning(const PhysicalDevice& device, const Tuning& tuning) {
   const std::filesystem::path path = TuningPath(device);
+  if (path.empty() && tuning.shapes.empty()) return;
   if (path.empty()) {
     throw Error(ErrorKind::kUnavailable,
                 "There is no folder to keep a tuning in: set JAX_AAT_CACHE_DIR to one.");

@@ -126,7 +126,7 @@ def _reason(device: vulkan.Device | None, chosen: str) -> str:
     words = f"the device is of the kind {device.kind!r}"
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if chosen == "vulkan" and (most := SHORT_CALLS.get(platform)):
-        words += f"; exact calls of up to {most:,} pairs of a query row and a key get 'xla'"
+        words += f"; short exact calls, of up to {most:,} pairs of a query row and a key, get 'xla'"
     return words
 
 
@@ -141,7 +141,8 @@ def _tuning(device: vulkan.Device) -> Iterator[str]:
     file = tuning.file_of(device)
     shapes = tuning.tuning(device)
     if not shapes:
-        yield f"tuning: none, {terminal.PROGRAM} tune would write {file}"
+        would = f"{terminal.PROGRAM} tune would write {file}" if file else terminal.NO_FOLDER
+        yield f"tuning: none, {would}"
         return
     yield f"tuning: {file}"
     rows = [("kernel", "dtype", "head_dim", "calls", "shape")]
@@ -155,5 +156,7 @@ def _tuning(device: vulkan.Device) -> Iterator[str]:
 def _pipeline_cache() -> str:
     from jax_aat import _native
 
-    file = Path(_native.cache_path())
+    if not (path := _native.cache_path()):
+        return terminal.NO_FOLDER
+    file = Path(path)
     return f"{file}, {file.stat().st_size} bytes" if file.exists() else f"{file}, not written yet"

@@ -15,6 +15,7 @@ EXIT_CODES = f"""exit codes:
   {BAD}  a verdict is bad, or something that is needed cannot be used
   {USAGE}  wrong usage"""
 
+NO_FOLDER = "there is no folder to keep it in: set JAX_AAT_CACHE_DIR to one"
 _PIPE_WIDTH = 200
 """Columns of what is not written to a terminal, which has no width of its own."""
 

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from jax_aat import tuning, vulkan
 from jax_aat.commands import terminal
 from jax_aat.tuning import Kernel, Measured
@@ -78,14 +80,15 @@ def run(options: argparse.Namespace) -> int:
             tuning.set_tuning(device, {}, save=True)
             console.print(f"{device.name} is not tuned any more", soft_wrap=True)
             return terminal.GOOD
-        measured = _measure(device, options)
+        if not options.dry_run and tuning.file_of(device) is None:
+            raise terminal.UnusableError(f"a tuning is to be kept, and {terminal.NO_FOLDER}")
+        measured, refused = _measure(device, options)
         console.print(_table(measured))
         chosen = {one.kernel: one.shapes[one.chosen] for one in measured}
         if not options.dry_run:
             tuning.set_tuning(device, tuning.tuning(device) | chosen, save=True)
     except RuntimeError as error:
         raise terminal.UnusableError(terminal.in_words(error)) from error
-    refused = [(one.kernel, words) for one in measured for words in one.refused]
     for kernel, words in refused:
         console.print(f"refused for {' '.join(kernel.words())}: {words}", soft_wrap=True)
     better = sum(one.chosen != 0 for one in measured)
@@ -121,17 +124,25 @@ def kernels_for(
     ]
 
 
-def _measure(device: vulkan.Device, options: argparse.Namespace) -> list[Measured]:
+def _measure(
+    device: vulkan.Device, options: argparse.Namespace
+) -> tuple[list[Measured], list[tuple[Kernel, str]]]:
+    """What was measured, and why shapes of a kernel, or all of them, are refused."""
     kernels = kernels_for(device, options.dtype, options.head_dim)
     first = options.dtype[0] if options.dtype else "float32"
     length = options.length or tuning.representative_length(device, first, max(options.head_dim))
     steps = sum(tuning.steps_of(tuning.shapes_of(device, kernel)) for kernel in kernels)
-    measured = []
+    measured, refused = [], []
     with terminal.progress(steps) as bar:
         for kernel in kernels:
             bar.set_description(" ".join(kernel.words()))
-            measured.append(tuning.measure(device, kernel, length, bar.update))
-    return measured
+            try:
+                measured.append(tuning.measure(device, kernel, length, bar.update))
+            except jax.errors.JaxRuntimeError as error:
+                refused.append((kernel, terminal.in_words(error)))
+            else:
+                refused += [(kernel, words) for words in measured[-1].refused]
+    return measured, refused
 
 
 def _table(measured: Sequence[Measured]) -> Any:

@@ -19,13 +19,16 @@ from jax_aat._compat import result_aval, vary_like
 from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot, extents
+from jax_aat.tiled_xla import TILE
 from jax_aat.tiles import sum_to
 
 BY_SIZE = "by size"
-"""Vulkan, but for calls of no more than `SHORT_CALLS`, which XLA computes."""
+"""Vulkan, but for calls of no more than `SHORT_CALLS` and `SHORT_STEPS`, which XLA computes."""
 SHORT_CALLS = {"cuda": 2**23}
 """By platform: pairs of a query row and a key up to which XLA is the faster (docs/performance.md).
 Each call hands over from CUDA to Vulkan and back, which takes as long as so many pairs by XLA."""
+SHORT_STEPS = 8
+"""Steps, one after another, up to which it is: each takes some 0.05 ms, however few its pairs."""
 
 ResultTypes = Callable[..., dict[Slot, jax.ShapeDtypeStruct]]
 """(operands or their abstract values, **params) -> shapes and dtypes of the results, in order."""
@@ -127,8 +130,10 @@ def _is_short(operands: Operands, platform: str) -> bool:
     """Whether XLA computes a call faster; of symbolic sizes it is not known."""
     sizes = extents(operands)
     rows = (*sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    known = all(isinstance(size, int) for size in rows)
-    return known and math.prod(rows) <= SHORT_CALLS.get(platform, 0)
+    if not all(isinstance(size, int) for size in rows):
+        return False
+    steps = math.ceil(sizes.queries / TILE[0]) * math.ceil(sizes.keys / TILE[1])
+    return math.prod(rows) <= SHORT_CALLS.get(platform, 0) and steps <= SHORT_STEPS
 
 
 def _is_empty(values: Iterable[Any]) -> bool:

@@ -111,8 +111,8 @@ uint look_into_foremost(inout Tile tile) {
 
 // The prices of a granule that the tile does not look into: it is not worth a row of its own. Where
 // `kept`, it is among the granules that stay exact.
-uint others_price(Boundary boundary, bool kept) {
-  uint exact = boundary.whole ? price_elsewhere(kept) : PRICE_INFINITE << 16;
+uint bounded_price_of_other(Boundary boundary, bool kept) {
+  uint exact = boundary.whole ? price_of_other(kept) : PRICE_INFINITE << 16;
   uint mean = LEVELS > 1 && !(LEVELS > 2 && boundary.super_whole) ? PRICE_INFINITE : 0;
   return boundary.seen ? exact | mean : 0;
 }
@@ -139,7 +139,7 @@ void write_others(Tile tile, uvec2 prices, bool kept) {
       bool within = granule >= tile.first && granule < tile.end;
       if (looks && within) continue;
       if (!alike) boundary = boundary_of(tile.number, granule);
-      Words(prices).word[granule] = within ? others_price(boundary, kept) : 0;
+      Words(prices).word[granule] = within ? bounded_price_of_other(boundary, kept) : 0;
     }
   }
 }
@@ -165,7 +165,7 @@ void count_others(Tile tile, uvec2 prices, bool kept) {
     for (uint granule = first; granule <= last; granule += each) {
       Boundary boundary = boundary_of(tile.number, granule);
       if (!boundary.seen) continue;
-      uint price = others_price(boundary, false);
+      uint price = bounded_price_of_other(boundary, false);
       bool exact = price >> 16 != 0, read = (price & 0xffffu) != 0;
       own += exact ? uvec3(each, 0, 0) : read ? uvec3(0, each, 0) : uvec3(0, 0, each);
     }

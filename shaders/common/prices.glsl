@@ -25,4 +25,4 @@ uint price_count() {
 uint others_place(uint kind) { return first_price() + price_count() + kind; }
 
 // Prices of a granule elsewhere, as far as the boundary does not decide.
-uint price_elsewhere(bool kept) { return kept ? PRICE_KEPT << 16 : 0; }
+uint price_of_other(bool kept) { return kept ? PRICE_KEPT << 16 : 0; }

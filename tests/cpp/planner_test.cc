@@ -327,6 +327,7 @@ void Refusals() {
 int main() {
   jax_aat::Fuzz();
   jax_aat::FuzzPlanning();
+  jax_aat::FuzzRouting();
   jax_aat::FuzzStoredGradients();
   jax_aat::FuzzMeans();
   jax_aat::TestShapes();

@@ -119,7 +119,45 @@ void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
   }
 }
 
+// Prices that are made on the way lie in scratch: a row a tile, of what it looks into where that is
+// less than all.
+void CheckPrices(const AttentionProblem& problem, const DispatchPlan& plan) {
+  const AttentionParams& params = plan.params;
+  const std::uint64_t granules = DivideUp(params.keys, 16);
+  const std::uint64_t brief = std::uint64_t{params.judged_key_tiles} * 9 + 4;
+  const bool is_brief = params.judged_key_tiles < KeyTiles(params) && brief < granules;
+  EXPECT(params.priced_key_tiles == (is_brief ? params.judged_key_tiles : 0));
+  const std::uint64_t row = is_brief ? brief : granules;
+  EXPECT(params.operand[OPERAND_PRICES].row_stride == row);
+  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
+    if (plan.scratch[i].operand != OPERAND_PRICES) continue;
+    const std::uint64_t end =
+        i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
+    const std::uint64_t lists = problem.params.query_heads / TileHeads(params);
+    EXPECT(end - plan.scratch[i].offset >=
+           4 * row * params.plan_tiles * lists * params.batch_count);
+    return;
+  }
+  EXPECT(false);
+}
+
 }  // namespace
+
+void FuzzRouting() {
+  Random random(11);
+  for (round = 0; round < kRounds; ++round) {
+    AttentionProblem problem = RandomPlanning(random);
+    problem.features &= ~FEATURE_PRICES;
+    const std::uint32_t key_tiles = KeyTiles(problem.params);
+    problem.params.judged_key_tiles = Pick(random, {1, std::max(1u, key_tiles / 5), key_tiles});
+    problem.params.candidate_share = Chance(random) ? 0.1f : 0.0f;
+    try {
+      CheckPrices(problem, PlanAttention(problem, RandomTraits(random)));
+    } catch (const std::invalid_argument& error) {
+      EXPECT(std::string(error.what()).find("split") != std::string::npos);
+    }
+  }
+}
 
 void FuzzPlanning() {
   Random random(3);

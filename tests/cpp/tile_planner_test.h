@@ -6,6 +6,7 @@ namespace jax_aat {
 
 AttentionProblem RandomPlanning(Random& random);
 void FuzzPlanning();
+void FuzzRouting();
 void FuzzMeans();
 
 }  // namespace jax_aat

@@ -62,7 +62,7 @@ void CheckShapes(Kernel kernel, const AttentionProblem& problem, const DeviceTra
   }
 }
 
-// Recorded from the rules as they were before there were tunings: rows of a tile, of a block and of
+// What rules choose: rows of a tile, of a block and of
 // a thread, columns of a slice, for the kernels in their order.
 struct Recorded {
   std::uint32_t subgroup_size, shared_memory, head_dim;
