@@ -29,7 +29,7 @@ from jax_aat.summaries import Keys, Queries
 
 JUDGED = 64
 """Key tiles of which a tile judges the granules; more where the budget asks for more, and all of
-up to twice as many: to choose among these takes as long as it saves."""
+up to twice as many, among which there is little to save by choosing."""
 
 
 def judged_key_tiles(operands: Operands, grid: Grid, share: float) -> int:

@@ -18,8 +18,7 @@ PAIRS = HEADS * LENGTH**2  # of one batch entry
 def any_device_counts(monkeypatch, set_traced):
     """As if this device were a GPU, and calls of up to two batch entries short on this platform."""
     monkeypatch.setattr(vulkan, "_HARDWARE", (vulkan.default_device().kind,))
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    set_traced(rules, "SHORT_CALLS", {platform: 2 * PAIRS})
+    set_traced(rules, "SHORT_CALLS", {rules.lowered_platform(): 2 * PAIRS})
 
 
 def operands(rng, batch):

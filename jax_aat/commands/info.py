@@ -15,7 +15,7 @@ import jax
 
 from jax_aat import tuning, vulkan
 from jax_aat.commands import terminal
-from jax_aat.primitives.rules import SHORT_CALLS
+from jax_aat.primitives.rules import SHORT_CALLS, lowered_platform
 
 PASSES = ("forward", "tangent", "backward")
 HEAD_DIMS = (64, 128, 256)
@@ -124,8 +124,7 @@ def _reason(device: vulkan.Device | None, chosen: str) -> str:
     if vulkan.problem() or device is None:
         return "Vulkan cannot be used"
     words = f"the device is of the kind {device.kind!r}"
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if chosen == "vulkan" and (most := SHORT_CALLS.get(platform)):
+    if chosen == "vulkan" and (most := SHORT_CALLS.get(lowered_platform())):
         words += f"; short exact calls, of up to {most:,} pairs of a query row and a key, get 'xla'"
     return words
 

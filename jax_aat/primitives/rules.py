@@ -30,6 +30,13 @@ Each call hands over from CUDA to Vulkan and back, which takes as long as so man
 SHORT_STEPS = 8
 """Steps, one after another, up to which it is: each takes some 0.05 ms, however few its pairs."""
 
+
+def lowered_platform() -> str:
+    """The platform that JAX computes on, by the name that it is lowered for."""
+    backend: str = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
 ResultTypes = Callable[..., dict[Slot, jax.ShapeDtypeStruct]]
 """(operands or their abstract values, **params) -> shapes and dtypes of the results, in order."""
 
