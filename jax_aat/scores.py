@@ -182,11 +182,10 @@ def _refined(
 
 def mean_queries(queries: Queries) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean and mean square [B, L, n, A, H] of stage 1, and its weights in a tile [B, L, n, A]."""
-    share = jnp.maximum(queries.weight.sum(-1, keepdims=True), 1e-6)
-    part = (queries.weight / share)[..., None]
+    weight = queries.weight.sum(-1)
+    part = (queries.weight / jnp.maximum(weight[..., None], 1e-6))[..., None]
     # One sum of both: XLA's CPU backend (JAX 0.10.2) crashes under vmap on two that it fuses.
     mean, square = (jnp.stack([queries.mean, queries.square]) * part).sum(-2)
-    weight = share[..., 0]
     return mean, square, weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-6)
 
 

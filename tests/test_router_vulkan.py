@@ -140,6 +140,17 @@ def test_shapes(heads, kv_heads, query_tile, head_dim, rng):
     assert_alike(operands, Options(head_dim**-0.5), adaptation)
 
 
+def test_queries_that_do_not_exist_have_no_say(rng):
+    """Prices of 16 queries are the same in a tile that has room for 16 times as many."""
+    operands = clustered(rng, 16, 1100, 1, 1, 256, batch=8)
+    full, roomy = (
+        expected(operands, Options(1 / 16), Adaptation(budget=0.2, query_tile=query_tile))
+        for query_tile in (16, 256)
+    )
+    apart = np.abs(np.subtract(*(np.maximum(x >> 16, TINY) for x in (full, roomy))))
+    assert (apart > UNITS["float32"]).sum() <= 2
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 2100), (40, 17), (33, 1024)])
 def test_lengths_of_sequences(queries, keys, rng):
     operands = clustered(rng, queries, keys, batch=1)

@@ -31,22 +31,24 @@ uint fine_rows(uint tile, uint sub, uint fine) {
   return min(FINE_POSITIONS, max(query_limit, first) - first);
 }
 
+const float LEAST_SHARE = 1e-6;  // to divide by where there are no queries
+
 // In units of a whole finer sub-query.
 float sub_share(uint tile, uint sub) {
   uint first = sub_position(tile, sub);
   uint rows = min(SUB_POSITIONS, max(query_limit, first) - first);
-  return max(float(rows) / float(FINE_POSITIONS), 1e-6);
+  return float(rows) / float(FINE_POSITIONS);
 }
 
 void weigh_sub_queries(uint tile) {
   for (uint i = gl_LocalInvocationID.x; i < FINE_SUBS; i += THREADS) {
     fine_part[i] = float(fine_rows(tile, i / FINES, i % FINES)) / float(FINE_POSITIONS) /
-                   sub_share(tile, i / FINES);
+                   max(sub_share(tile, i / FINES), LEAST_SHARE);
   }
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
     float sum = 0;
     for (uint i = 0; i < SUBS; ++i) sum += sub_share(tile, i);
-    sub_weight[sub] = sub_share(tile, sub) / max(sum, 1e-6);
+    sub_weight[sub] = sub_share(tile, sub) / max(sum, LEAST_SHARE);
   }
 }
 
@@ -57,7 +59,7 @@ void make_sub_queries(uint tile, View queries) {
   for (uint i = gl_LocalInvocationID.x; i < SUBS * QUADS; i += THREADS) {
     uint quad = i % QUADS, sub = i / QUADS;
     uint first = sub_position(tile, sub);
-    float whole = sub_share(tile, sub);
+    float whole = max(sub_share(tile, sub), LEAST_SHARE);
     vec4 mean = vec4(0), square = vec4(0);
     for (uint fine = 0; fine < FINES; ++fine) {
       uint rows = fine_rows(tile, sub, fine);
