@@ -28,8 +28,11 @@ from jax_aat.scores import (
 from jax_aat.summaries import Keys, Queries
 
 JUDGED = 64
-"""Key tiles of which a tile judges the granules; more where the budget asks for more, and all of
-up to twice as many, among which there is little to save by choosing."""
+"""Key tiles of a long sequence of which a tile judges the granules; more where the budget asks for
+more."""
+JUDGED_WHOLE = 256
+"""All of up to so many key tiles are judged: by choosing among these there is less to save than it
+costs in quality (docs/router.md)."""
 
 
 def judged_key_tiles(operands: Operands, grid: Grid, share: float) -> int:
@@ -40,7 +43,7 @@ def judged_key_tiles(operands: Operands, grid: Grid, share: float) -> int:
       grid: How the call is cut.
       share: Of the key tiles of a long sequence, at least.
     """
-    if Slot.BIAS in operands or Slot.MASK in operands or grid.key_tiles <= 2 * JUDGED:
+    if Slot.BIAS in operands or Slot.MASK in operands or grid.key_tiles <= JUDGED_WHOLE:
         return grid.key_tiles
     return min(grid.key_tiles, max(JUDGED, math.ceil(share * grid.key_tiles)))
 

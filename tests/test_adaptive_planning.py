@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import Ran, assert_close, assert_same_bits, normal
+from comparison import Ran, assert_close, assert_same_bits, look_into, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +14,6 @@ from jax_aat import (
     Adaptation,
     ResolutionState,
     adaptive,
-    hierarchy,
     last_dispatch,
     plan_tiles,
     tiled_attention,
@@ -184,7 +183,7 @@ def test_masks_and_biases_are_planned_by_xla(rng):
 
 def test_long_sequences_are_planned_by_shaders(rng, set_traced):
     """Which look into the foremost key tiles only, as jax.numpy does."""
-    set_traced(hierarchy, "JUDGED", 8)
+    look_into(set_traced, 8)
     q, k, v = inputs(rng, 2100)
     adaptation = Adaptation(threshold=1e-4)
     expected = plan_tiles(q, k, v, adaptation, implementation="xla")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import normal
+from comparison import look_into, normal
 
-from jax_aat import Adaptation, hierarchy, plan_tiles, tiled_attention
+from jax_aat import Adaptation, plan_tiles, tiled_attention
 from jax_aat.levels import EXACT, HIDDEN, SUPER_MEAN, unpack_levels
 from jax_aat.problem import Options, Slot
 from jax_aat.router import break_even, planning_flops
@@ -22,7 +22,7 @@ CAUSAL = Options(HEAD_DIM**-0.5, causal=True)
 @pytest.fixture
 def half_judged(set_traced):
     """As if a tile of so short a sequence looked into 15 of its 32 key tiles."""
-    set_traced(hierarchy, "JUDGED", 15)
+    look_into(set_traced, 15)
 
 
 def operands_of(rng, batch=1):
@@ -40,7 +40,7 @@ def test_tiles_that_see_no_more_are_routed_as_ever(rng, set_traced):
     operands = operands_of(rng, batch=2)
     operands[Slot.KV_LENGTHS] = jnp.array([LENGTH, 3000])
     expected = prices(operands)
-    set_traced(hierarchy, "JUDGED", 15)
+    look_into(set_traced, 15)
     early = 15 * 128 // GRID.positions
     for found, whole in zip(prices(operands), expected, strict=True):
         # The upper halves of float32 numbers: products of another shape round otherwise.
@@ -76,7 +76,7 @@ def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
         return float(jax.jit(lambda x: planning_flops(x, CAUSAL, GRID, stage_1))(operands)[0])
 
     dense = planning()
-    set_traced(hierarchy, "JUDGED", 8)
+    look_into(set_traced, 8)
     fewer = planning()
     # Twice the budget of 32 key tiles are 13, 1,664 keys: 0.65 of all pairs, and key tiles.
     assert 0.65 * dense < fewer < 0.9 * dense

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import Ran, assert_same_bits
+from comparison import Ran, assert_same_bits, look_into
 
-from jax_aat import Adaptation, hierarchy, router
+from jax_aat import Adaptation, router
 from jax_aat.adaptation import grid_of
 from jax_aat.primitives import plan as planning
 from jax_aat.primitives.plan import make_plan, make_prices
@@ -208,7 +208,7 @@ def test_same_bits_every_time(rng):
 @pytest.fixture
 def few_judged(monkeypatch):
     """As if tiles of so short sequences looked into 11 key tiles only."""
-    monkeypatch.setattr(hierarchy, "JUDGED", 11)
+    look_into(monkeypatch.setattr, 11)
 
 
 FOREMOST = {
@@ -307,7 +307,7 @@ BRIEF = {
 @pytest.mark.parametrize("name", BRIEF)
 def test_prices_of_the_foremost_say_as_much_as_all(name, rng, monkeypatch):
     """A plan is the same, bit by bit, whether shaders keep prices of all granules in between."""
-    monkeypatch.setattr(hierarchy, "JUDGED", 6)
+    look_into(monkeypatch.setattr, 6)
     options, fields = BRIEF[name]
     options = Options(**{"scale": SCALE} | options)
     adaptation = Adaptation(query_tile=16, super_tile=256, **fields)
