@@ -4,6 +4,7 @@
 #define SCORE_PLANES 1
 #define TILE_PLANES 1
 #include "common/query_kernel.glsl"
+#include "common/query_parts.glsl"
 
 shared float row_factor[TILE_ROWS];
 
@@ -56,16 +57,20 @@ void update_row(uint row, uint position, bool mixed) {
 }
 
 // Writes the statistics of a row; row_factor gets what its sums must be scaled by.
-void finish_row(uint row, uint position, uint first_head) {
+void finish_row(uint row, uint position, uint first_head, uint part) {
   uint head = row % TILE_HEADS;
   bool empty = row_sum == 0.0;
   row_factor[row] = empty ? 0.0 : 1.0 / row_sum;
-  View view = view_of(OPERAND_LSE, first_head, 2);
-  store_float(view.base, row_start(view, position, head),
-              empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum));
-  if (has(FEATURE_PLAN)) {
-    store_levels_pair(OPERAND_SHARES, first_head, position, head, row_level_sums * row_factor[row]);
+  float logsumexp = empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum);
+  vec2 shares = row_level_sums * row_factor[row];
+  if (LIST_PARTS > 1) {
+    record_of(first_head + head, position, part).quad[OUT_QUADS] =
+        floatBitsToUint(vec4(logsumexp, shares, 0.0));
+    return;
   }
+  View view = view_of(OPERAND_LSE, first_head, 2);
+  store_float(view.base, row_start(view, position, head), logsumexp);
+  if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, first_head, position, head, shares);
   if (has(FEATURE_ROW_COUNTS)) {
     View counts_view = view_of(OPERAND_ROW_COUNTS, first_head, 2);
     uint start = row_start(counts_view, position, head);
@@ -79,6 +84,21 @@ void scale_sums(inout vec4 sums[ACCUMULATORS]) {
     float factor = row_factor[thread_row(i)];
     [[unroll]] for (uint c = 0; c < ACCUMULATORS / THREAD_ROWS; ++c) {
       sums[c * THREAD_ROWS + i] *= factor;
+    }
+  }
+}
+
+// The sums of the tile's rows, to their records.
+void record_sums(QueryTile tile, uint part, vec4 sums[ACCUMULATORS]) {
+  [[unroll]] for (uint i = 0; i < THREAD_ROWS; ++i) {
+    uint position = tile.first_position + thread_row(i) / TILE_HEADS;
+    if (position >= call.queries) continue;
+    Quads record = record_of(tile.first_head + thread_row(i) % TILE_HEADS, position, part);
+    [[unroll]] for (uint slice = 0; slice < SLICES; ++slice) {
+      [[unroll]] for (uint q = 0; q < THREAD_QUADS; ++q) {
+        uint quad = sum_column(slice, q) / 4;
+        if (quad < OUT_QUADS) record.quad[quad] = floatBitsToUint(sums[sum_index(slice, q, i)]);
+      }
     }
   }
 }
@@ -100,7 +120,9 @@ void attend_block(inout vec4 sums[ACCUMULATORS], View q, View k, View v, QueryTi
 
 void main() {
   QueryTile tile;
-  if (!locate_query_tile(workgroup_index(), tile)) return;
+  uint part = workgroup_index() % LIST_PARTS;
+  if (!locate_query_tile(workgroup_index() / LIST_PARTS, tile)) return;
+  if (LIST_PARTS > 1) tile.list = part_of(tile.list, part);
   start_staging();
   set_scores(tile.first_head);
   View q = view_of(OPERAND_Q, tile.first_head, LOG2_BYTES);
@@ -129,8 +151,12 @@ void main() {
   }
 
   barrier();
-  if (owns_row) finish_row(row, position, tile.first_head);
+  if (owns_row) finish_row(row, position, tile.first_head, part);
   barrier();
   scale_sums(sums);
+  if (LIST_PARTS > 1) {
+    record_sums(tile, part, sums);
+    return;
+  }
   store_query_sums(view_of(OPERAND_OUT, tile.first_head, LOG2_BYTES), tile.first_position, sums);
 }

@@ -27,7 +27,7 @@ SEED = int(
 # those that plan, and all of the runtime. Cases that XLA computes are none of it.
 VALIDATED = (
     *("test_attention.py", "test_kernels.py", "test_plan_vulkan.py", "test_runtime.py"),
-    *("test_profile.py", "test_router_vulkan.py::test_stages_and_levels"),
+    *("test_profile.py", "test_query_parts.py", "test_router_vulkan.py::test_stages_and_levels"),
     "test_router_vulkan.py::test_foremost_key_tiles",
     "test_state_vulkan.py::test_gradients[causal]",
     "test_state_vulkan.py::test_gradients[lengths]",

@@ -11,7 +11,7 @@ from comparison import TOLERANCE, Ran, as_users_compile, assert_close, normal
 from levels_maps import Array, plan_of, random_levels, tiles_of
 from oracle import Problem, visible
 
-from jax_aat import Adaptation, plan_tiles, primitives, tiled_attention
+from jax_aat import Adaptation, last_dispatch, plan_tiles, primitives, tiled_attention
 from jax_aat.levels import Grid
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import Operands, Options, Slot
@@ -185,6 +185,13 @@ def test_forward(case):
     with Ran("vulkan", "forward"):
         actual = case.compute({})
     assert_close(actual, in_float64_trees(case.oracle, case.floats), TOLERANCE[case.dtype][0])
+
+
+@pytest.mark.parametrize("name", ["long", "bias_of_keys", "no_keys_but_many"])
+def test_workgroups_share_long_lists(name, rng):
+    """Which `test_forward` compares with the oracle."""
+    jax.block_until_ready(Case(rng, **CASES[name]).compute({}))
+    assert any(name.startswith("merge_parts") for name in last_dispatch().kernels)
 
 
 def test_tangent(case, rng):

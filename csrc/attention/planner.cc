@@ -7,6 +7,7 @@
 #include "attention/checks.h"
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
+#include "attention/list_parts.h"
 #include "attention/plan_builder.h"
 #include "attention/plan_shape.h"
 #include "attention/state_planner.h"
@@ -23,6 +24,7 @@ constexpr std::uint32_t kManyListThreads = 256;
 constexpr std::uint32_t kCarefulGroups = 256;  // about as many as a large GPU runs at once
 constexpr std::uint64_t kListStep = 4;         // LIST_STEP of shaders/common/work_list.glsl
 constexpr std::uint32_t kDeltaThreads = 64;
+constexpr std::uint32_t kMergeThreads = 64;
 // Tiles of keys that a step must have where score gradients are stored for some heads at a time: a
 // GPU is to be full until its end, and with causality the longest tile is twice as long as most.
 constexpr std::uint64_t kStep = 256;
@@ -220,7 +222,14 @@ class Planner {
     CheckWalk(RowsWalked(kernel, shape));
     AddLists(shape, /*transposed=*/false);
     builder_.AddBarrier();
-    AddKernel(shape, features, QueryTiles(shape), flops_a_pair_and_column);
+    const std::uint32_t parts = ListParts(kernel, shape);
+    TileGrid tiles = QueryTiles(shape);
+    tiles.tiles *= parts;
+    Dispatch& dispatch = AddKernel(shape, features, tiles, flops_a_pair_and_column);
+    if (parts > 1) {
+      dispatch.specialization.push_back(parts);
+      AddMerge(parts);
+    }
     if (shape.has_careful_pass) {
       builder_.AddBarrier();
       // No flops: of what tiles it computes, those of the first pass were wasted.
@@ -229,6 +238,19 @@ class Planner {
       careful.groups = {std::min(careful.groups[0], kCarefulGroups), 1, 1};
       careful.flops = 0;
     }
+  }
+
+  // Of what the parts of work lists have left in records.
+  void AddMerge(std::uint32_t parts) {
+    builder_.AddScratch(OPERAND_RECORDS, RecordBytes(problem_, parts));
+    builder_.AddBarrier();
+    const KernelShape shape = {"merge_parts", kMergeThreads, kGranuleRows, kGranuleRows};
+    const std::uint64_t rows =
+        std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
+    builder_
+        .Add(builder_.ModuleName(shape), shape, FEATURE_PLAN,
+             DivideUp(rows * DivideUp(params_.head_dim, 4), kMergeThreads))
+        .specialization.push_back(parts);
   }
 
   KernelShape Choose(Kernel kernel) {
@@ -274,19 +296,6 @@ class Planner {
     builder_.AddScratch(slot, list_words * lists * 4);
   }
 
-  // How far apart a query and a key that it sees can be, both sides together.
-  std::uint64_t WindowSpan() const {
-    const bool has_window = Has(FEATURE_WINDOW);
-    const std::uint64_t left = has_window && params_.window_left >= 0
-                                   ? static_cast<std::uint64_t>(params_.window_left)
-                                   : params_.queries;
-    const std::uint64_t right = Has(FEATURE_CAUSAL) ? 0
-                                : has_window && params_.window_right >= 0
-                                    ? static_cast<std::uint64_t>(params_.window_right)
-                                    : params_.keys;
-    return left + right;
-  }
-
   // Where no plan gives them.
   void AddLists(const KernelShape& shape, bool transposed) {
     if (Has(FEATURE_PLAN)) return;
@@ -299,8 +308,8 @@ class Planner {
     const std::uint64_t rows = transposed ? params_.queries : params_.keys;
     const std::uint64_t granule_rows = transposed ? kGranuleRows / tile_heads : kGranuleRows;
     const std::uint64_t tile_span = transposed ? shape.tile_rows : shape.tile_rows / tile_heads;
-    const std::uint64_t granules = std::min(DivideUp(rows, granule_rows),
-                                            DivideUp(tile_span + WindowSpan(), granule_rows) + 1);
+    const std::uint64_t granules = std::min(
+        DivideUp(rows, granule_rows), DivideUp(tile_span + WindowSpan(problem_), granule_rows) + 1);
     const std::uint64_t tile_capacity = DivideUp(granules, kListStep) * kListStep;
     const std::uint64_t capacity = tile_capacity * tiles;
     const std::uint64_t lists = heads * batch_lists_;
@@ -365,8 +374,9 @@ class Planner {
         .specialization[kTileHeads] = 1;  // its tiles are of one head
   }
 
-  std::uint64_t KeysOfTile(const KernelShape& shape) const {
-    return std::min<std::uint64_t>(params_.keys, shape.tile_rows + WindowSpan());
+  std::uint32_t ListParts(Kernel kernel, const KernelShape& shape) const {
+    const bool can_share = kernel == Kernel::kForward && !shape.has_careful_pass;
+    return can_share ? QueryListParts(problem_, shape.tile_rows) : 1;
   }
 
   // By a workgroup, at most; those of tangents, which need about twice the loops of the other
@@ -375,7 +385,11 @@ class Planner {
     if (kernel == Kernel::kBackwardDkv) {
       return std::uint64_t{params_.queries} * (params_.query_heads / params_.kv_heads);
     }
-    return KeysOfTile(shape) * (kernel == Kernel::kTangent ? 2 : 1);
+    const std::uint64_t keys = KeysOfTile(problem_, shape.tile_rows);
+    const std::uint32_t parts = ListParts(kernel, shape);
+    // A part has a block more than its share at most.
+    if (parts > 1) return keys / parts + shape.block_rows;
+    return keys * (kernel == Kernel::kTangent ? 2 : 1);
   }
 
   // Whether a workgroup may walk so many rows. Measured on lavapipe with head_dim 8, 64, 128 and

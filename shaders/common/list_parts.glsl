@@ -1,8 +1,7 @@
 // Few tiles of coarse rows see very many queries, so several workgroups share the transposed list of
 // one: each takes a part and has sums of its own, which sum_parts.comp adds up.
 #include "common/key_list.glsl"
-
-layout(constant_id = 13) const uint LIST_PARTS = 1;
+#include "common/parts.glsl"
 
 PlanList part_of(PlanList list, uint part) {
   uint first = list.count * part / LIST_PARTS, end = list.count * (part + 1) / LIST_PARTS;

@@ -64,7 +64,8 @@ using uint = std::uint32_t;
 #define OPERAND_STATE 41  // common/state.glsl
 #define OPERAND_DSTATE 42
 #define OPERAND_WORK_COUNTS 43  // count_work.comp, for a profile
-#define OPERAND_COUNT 44
+#define OPERAND_RECORDS 44  // of rows by parts of lists (common/query_parts.glsl)
+#define OPERAND_COUNT 45
 
 #define MAX_BATCH_AXES 4
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention/dispatch_plan.h"
+#include "attention/example_plan.h"
 #include "attention/plan_shape.h"
 #include "random_problem.h"
 #include "stored_gradients_test.h"
@@ -76,6 +77,11 @@ std::uint64_t CheckLists(const AttentionProblem& problem, const AttentionParams&
   return lists.size();
 }
 
+// Workgroups that share a list; the constant is there where there are any.
+std::uint64_t Parts(const Dispatch& dispatch) {
+  return dispatch.specialization.size() == 14 ? dispatch.specialization[13] : 1;
+}
+
 // Number of workgroups that a dispatch needs, from its specialisation alone.
 std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams& params,
                          const Dispatch& dispatch) {
@@ -83,6 +89,11 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams&
     const std::uint64_t rows =
         std::uint64_t{params.queries} * params.query_heads * params.batch_count;
     return DivideUp(rows, dispatch.specialization[0] / 8);
+  }
+  if (StartsWith(dispatch.shader, "merge_parts")) {
+    const std::uint64_t rows =
+        std::uint64_t{params.queries} * params.query_heads * params.batch_count;
+    return DivideUp(rows * DivideUp(params.head_dim, 4), dispatch.specialization[0]);
   }
   const std::uint64_t tile_rows = dispatch.specialization[4];
   const std::uint64_t heads = dispatch.specialization[5];
@@ -102,7 +113,7 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams&
     return tiles * DivideUp(problem.dbias_extent[MAX_BATCH_AXES + 1], tile_rows) *
            DivideUp(problem.dbias_extent[MAX_BATCH_AXES + 2], dispatch.specialization[6]);
   }
-  return query_tiles * (params.query_heads / heads) * params.batch_count;
+  return query_tiles * (params.query_heads / heads) * params.batch_count * Parts(dispatch);
 }
 
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
@@ -120,6 +131,11 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
     if (StartsWith(dispatch.shader, "attend_backward_delta")) {
       EXPECT(words[OPERAND_DELTA] >=
              std::uint64_t{params.queries} * params.query_heads * params.batch_count);
+    }
+    if (StartsWith(dispatch.shader, "merge_parts")) {
+      EXPECT(words[OPERAND_RECORDS] >= std::uint64_t{params.queries} * params.query_heads *
+                                           params.batch_count * Parts(dispatch) *
+                                           (params.head_dim + 4));
     }
     if (!StartsWith(dispatch.shader, "work_lists")) continue;
     const bool transposed = dispatch.specialization[11] != 0;
@@ -146,7 +162,16 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
   int barriers = 0, kernels = 0;
   for (const Dispatch& dispatch : plan.dispatches) {
     const auto& constants = dispatch.specialization;
-    EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
+    const bool merges = StartsWith(dispatch.shader, "merge_parts");
+    if (problem.pass != Pass::kForward) {
+      EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
+    }
+    if (merges || (problem.pass == Pass::kForward && Parts(dispatch) > 1)) {
+      // A kernel whose tiles have parts, then that which merges as many.
+      const Dispatch& other = merges ? *(&dispatch - 1) : *(&dispatch + 1);
+      EXPECT(StartsWith(other.shader, merges ? "attend_forward." : "merge_parts."));
+      EXPECT(Parts(other) == Parts(dispatch) && Parts(dispatch) >= 4);
+    }
     EXPECT(constants[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);
@@ -165,13 +190,13 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
     // The first kernel waits for all that was prepared, a careful pass for the pass that it mends;
     // the others need not wait for each other.
     const bool waits = !prepares && kernels == 0 && &dispatch != &plan.dispatches.front();
-    EXPECT(dispatch.barrier_before == (careful || waits));
+    EXPECT(dispatch.barrier_before == (careful || merges || waits));
     barriers += dispatch.barrier_before;
     if (prepares) continue;
     ++kernels;
-    if (careful) {
-      EXPECT(StartsWith(dispatch.shader, "attend_forward_coopmat") && kernels == 2);
-      EXPECT(dispatch.flops == 0);
+    if (careful || merges) {
+      EXPECT(merges || StartsWith(dispatch.shader, "attend_forward_coopmat"));
+      EXPECT(kernels == 2 && dispatch.flops == 0);
       continue;
     }
     EXPECT(constants[6] % 16 == 0 && constants[4] % constants[5] == 0);
@@ -187,8 +212,10 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
       EXPECT(constants[0] == constants[4] / constants[8] * 8 && constants[0] >= constants[4]);
     }
   }
-  const bool mends = std::strcmp(plan.path, "coopmat") == 0 && problem.pass == Pass::kForward;
-  EXPECT(mends ? barriers == 1 + !(problem.features & FEATURE_PLAN) : barriers <= 1);
+  const bool finishes =
+      problem.pass == Pass::kForward && (std::strcmp(plan.path, "coopmat") == 0 ||
+                                         StartsWith(plan.dispatches.back().shader, "merge_parts"));
+  EXPECT(finishes ? barriers == 1 + !(problem.features & FEATURE_PLAN) : barriers <= 1);
 }
 
 bool Visible(const AttentionProblem& problem, std::int64_t t, std::int64_t s) {
@@ -264,6 +291,43 @@ void Fuzz() {
   }
 }
 
+// Which lists are shared, and among how many workgroups.
+void TestParts() {
+  ExampleCall call = {.pass = "forward", .dtype = "bfloat16"};
+  call.query_heads = 8;
+  call.kv_heads = 2;
+  call.head_dim = 64;
+  DeviceTraits traits;
+  traits.storage_16bit = traits.coopmat_bfloat16 = traits.coopmat_layout_known = true;
+  traits.max_shared_memory = 49152;
+  traits.min_subgroup_size = traits.max_subgroup_size = traits.subgroup_size = 32;
+  traits.max_workgroup_invocations = 1024;
+  const auto parts_and_path = [&](std::uint32_t queries, std::uint32_t keys) {
+    call.queries = queries;
+    call.keys = keys;
+    const DispatchPlan plan = ExamplePlan(call, traits);
+    return std::pair(Parts(plan.dispatches[1]), std::string(plan.path));
+  };
+  using Expected = std::pair<std::uint64_t, std::string>;
+  EXPECT(parts_and_path(1, 1023) == Expected(1, "coopmat"));
+  EXPECT(parts_and_path(1, 1024) == Expected(4, "portable"));
+  EXPECT(parts_and_path(8, 131072) == Expected(128, "portable"));
+  EXPECT(parts_and_path(9, 131072) == Expected(1, "coopmat"));
+  traits.coopmat_bfloat16 = false;
+  EXPECT(parts_and_path(9, 131072) == Expected(128, "portable"));
+  // 64 rows a tile, four heads: 8 tiles, then 33.
+  EXPECT(parts_and_path(128, 131072) == Expected(16, "portable"));
+  EXPECT(parts_and_path(528, 131072) == Expected(1, "portable"));
+  call.batch = 64;
+  EXPECT(parts_and_path(1, 4096) == Expected(16, "portable"));
+  call.causal = true;  // a query sees a key
+  EXPECT(parts_and_path(1, 131072) == Expected(1, "portable"));
+  call.causal = false;
+  // A driver that ends loops serves the more keys.
+  traits.max_loop_iterations = 1 << 16;
+  EXPECT(parts_and_path(1, 131072) == Expected(128, "portable"));
+}
+
 void ExpectRefusal(AttentionProblem problem, DeviceTraits traits, const char* word) {
   try {
     PlanAttention(problem, traits);
@@ -331,6 +395,7 @@ int main() {
   jax_aat::FuzzStoredGradients();
   jax_aat::FuzzMeans();
   jax_aat::TestShapes();
+  jax_aat::TestParts();
   jax_aat::Refusals();
   return 0;
 }

@@ -113,7 +113,8 @@ void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
       EXPECT(dispatch.specialization == planning[i].specialization);
       EXPECT(dispatch.barrier_before == planning[i].barrier_before);
     } else {
-      EXPECT(StartsWith(dispatch.shader, "attend_forward") && dispatch.barrier_before);
+      const bool attends = StartsWith(dispatch.shader, "attend_forward");
+      EXPECT((attends || StartsWith(dispatch.shader, "merge_parts")) && dispatch.barrier_before);
       EXPECT(dispatch.specialization[2] & FEATURE_PLAN);
     }
   }

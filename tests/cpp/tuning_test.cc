@@ -124,7 +124,7 @@ void CheckMatrixShapes() {
 
 // A driver that ends loops: shapes that need more of them are left to shorter walks.
 void CheckLoops() {
-  const ExampleCall call = {.pass = "forward", .dtype = "float32", .keys = 4096};
+  const ExampleCall call = {.pass = "forward", .dtype = "float32", .queries = 4096, .keys = 4096};
   DeviceTraits traits;
   traits.max_shared_memory = 32768;
   const TunedKernel kernel = {Kernel::kForward, DTYPE_F32, 64, false};
