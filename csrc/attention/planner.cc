@@ -387,8 +387,8 @@ class Planner {
     }
     const std::uint64_t keys = KeysOfTile(problem_, shape.tile_rows);
     const std::uint32_t parts = ListParts(kernel, shape);
-    // A part has a block more than its share at most.
-    if (parts > 1) return keys / parts + shape.block_rows;
+    // A part has a block more than its share at most, of exact and of coarse rows.
+    if (parts > 1) return keys / parts + 3 * shape.block_rows;
     return keys * (kernel == Kernel::kTangent ? 2 : 1);
   }
 
