@@ -285,7 +285,13 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             f"{' or '.join(matrices)} operands use them",
         )
     others = [call for call in portable if call.dtype in matrices and call.direction != "plan"]
-    others = [call for call in others if call.direction != "tangent"]
+    # Tangents have no other kernels, and of few queries these are the better ones.
+    others = [
+        call
+        for call in others
+        if call.direction != "tangent"
+        and not any(_family(kernel) == "merge_parts" for kernel in call.kernels)
+    ]
     if others:
         yield Insight(
             "kernels",

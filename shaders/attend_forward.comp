@@ -61,7 +61,9 @@ void finish_row(uint row, uint position, uint first_head, uint part) {
   uint head = row % TILE_HEADS;
   bool empty = row_sum == 0.0;
   row_factor[row] = empty ? 0.0 : 1.0 / row_sum;
-  float logsumexp = empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum);
+  // In a record a part without keys is told from one whose scores are as low.
+  float none = LIST_PARTS > 1 ? -INFINITY : EMPTY_LOGSUMEXP;
+  float logsumexp = empty ? none : row_maximum + log_accurate(row_sum);
   vec2 shares = row_level_sums * row_factor[row];
   if (LIST_PARTS > 1) {
     record_of(first_head + head, position, part).quad[OUT_QUADS] =

@@ -18,7 +18,7 @@ void main() {
   if (entry >= PARAMS.batch_count) return;
   set_batch(entry);
 
-  float top = EMPTY_LOGSUMEXP;
+  float top = -INFINITY;
   for (uint part = 0; part < LIST_PARTS; ++part) {
     top = max(top, load_record(head, position, part, OUT_QUADS).x);
   }
@@ -27,6 +27,7 @@ void main() {
   vec2 share_sums = vec2(0);
   for (uint part = 0; part < LIST_PARTS; ++part) {
     vec4 statistics = load_record(head, position, part, OUT_QUADS);
+    if (statistics.x == -INFINITY) continue;  // it has no keys
     float weight = exp_accurate(statistics.x - top);
     // What has no weight is hidden, NaN or not.
     if (weight == 0.0) continue;
@@ -34,14 +35,14 @@ void main() {
     out_sums = fma(vec4(weight), load_record(head, position, part, quad), out_sums);
     share_sums = fma(vec2(weight), statistics.yz, share_sums);
   }
-  float share = 1.0 / sum;
+  bool empty = sum == 0.0;
+  float share = empty ? 0.0 : 1.0 / sum;
   View view = view_of(OPERAND_OUT, head, LOG2_BYTES);
   store_columns(view.base, row_start(view, position, 0), quad * 4, out_sums * share);
   if (quad != 0) return;
-  // Next to that of a row that sees nothing the logarithm of the number of parts is less than
-  // rounding.
   view = view_of(OPERAND_LSE, head, 2);
-  store_float(view.base, row_start(view, position, 0), top + log_accurate(sum));
+  store_float(view.base, row_start(view, position, 0),
+              empty ? EMPTY_LOGSUMEXP : top + log_accurate(sum));
   if (has(FEATURE_PLAN)) {
     view = view_of(OPERAND_SHARES, head, 2);
     uint start = row_start(view, position, 0);

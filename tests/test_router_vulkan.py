@@ -148,7 +148,7 @@ def test_queries_that_do_not_exist_have_no_say(rng):
         for query_tile in (16, 256)
     )
     apart = np.abs(np.subtract(*(np.maximum(x >> 16, TINY) for x in (full, roomy))))
-    assert (apart > UNITS["float32"]).sum() <= 2
+    assert (apart > UNITS["float32"]).sum() <= 2 + SHARE["float32"] * apart.size
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 2100), (40, 17), (33, 1024)])

@@ -14,7 +14,6 @@ constexpr std::uint32_t kMaxHeadDim = 128;
 constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
 // Rows of the smallest query tile of a plan that has matrix kernels, of which a subgroup takes 16.
 constexpr std::uint32_t kSmallTile = 64;
-constexpr std::uint64_t kFewRows = 32;
 
 // Upper bound of what a kernel declares whose staged rows have at most so many columns.
 std::uint32_t SharedBytes(Kernel kernel, const KernelShape& shape, std::uint32_t columns) {
@@ -44,10 +43,7 @@ KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
   switch (kernel) {
     case Kernel::kForward:
       // Tiles that stay nearly empty share their lists, which portable kernels can.
-      if (std::uint64_t{problem.params.queries} * TileHeads(problem.params) <= kFewRows &&
-          QueryListParts(problem, kFewRows) > 1) {
-        return {};
-      }
+      if (QueryListParts(problem, kFewRows) > 1) return {};
       shape = {"attend_forward_coopmat", 128, 128, narrow ? 64u : 32u};
       shape.has_careful_pass = true;
       break;

@@ -12,7 +12,6 @@ constexpr std::uint64_t kMostWorkgroups = 128;
 // Keys of a part at least; fewer parts than these are not worth a second kernel.
 constexpr std::uint64_t kLeastKeys = 256;
 constexpr std::uint64_t kLeastParts = 4;
-constexpr std::uint64_t kMostRecordBytes = std::uint64_t{1} << 32;
 
 }  // namespace
 
@@ -38,12 +37,11 @@ std::uint32_t QueryListParts(const AttentionProblem& problem, std::uint32_t tile
   if (problem.pass != Pass::kForward || problem.features & FEATURE_ROW_COUNTS) return 1;
   const AttentionParams& params = problem.params;
   const std::uint64_t rows = std::uint64_t{params.queries} * TileHeads(params);
+  if (rows > kFewRows) return 1;
   const std::uint64_t tiles = (rows + tile_rows - 1) / tile_rows;
   const std::uint64_t parts =
       std::min(kMostWorkgroups / tiles, KeysOfTile(problem, tile_rows) / kLeastKeys);
-  if (parts < kLeastParts) return 1;
-  const auto count = static_cast<std::uint32_t>(parts);
-  return RecordBytes(problem, count) <= kMostRecordBytes ? count : 1;
+  return parts < kLeastParts ? 1 : static_cast<std::uint32_t>(parts);
 }
 
 std::uint64_t RecordBytes(const AttentionProblem& problem, std::uint32_t parts) {

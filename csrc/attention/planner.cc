@@ -33,6 +33,10 @@ constexpr std::uint64_t kCausalStep = 1024;
 // lavapipe narrower slices came to between 1 and 1.4 times what MayWalk allows for (dk and dv of
 // head_dim 64 in slices of 32), the first shapes to at most 1.
 constexpr std::uint64_t kMoreLoops = 2;
+// Keys that the kernel which makes lists may look at, where a driver ends loops, for each row that
+// one of attention may walk: with a mask it takes about 17 iterations for a granule and a row of
+// the tile, with up to 32 rows and 256 threads.
+constexpr std::uint64_t kListLoops = 8;
 
 constexpr std::uint32_t kScoreFeatures =
     kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
@@ -387,8 +391,11 @@ class Planner {
     }
     const std::uint64_t keys = KeysOfTile(problem_, shape.tile_rows);
     const std::uint32_t parts = ListParts(kernel, shape);
-    // A part has a block more than its share at most, of exact and of coarse rows.
-    if (parts > 1) return keys / parts + 3 * shape.block_rows;
+    // What makes lists and plans still walks all keys, in shorter loops. A part has a block more
+    // than its share at most.
+    if (parts > 1 && !Has(FEATURE_PLAN)) {
+      return std::max(keys / parts + 2 * shape.block_rows, keys / kListLoops);
+    }
     return keys * (kernel == Kernel::kTangent ? 2 : 1);
   }
 

@@ -106,8 +106,13 @@ double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const Operand
   const std::span<const std::uint32_t> slots = SlotsOf(dispatch);
   if (slots.empty()) return std::numeric_limits<double>::quiet_NaN();
   const std::uint32_t features = dispatch.specialization[kFeatures];
+  const bool leaves_records =
+      Family(dispatch.shader) == "attend_forward" && ScratchBytes(plan, OPERAND_RECORDS) > 0;
   std::uint64_t bytes = 0;
   for (const std::uint32_t slot : slots) {
+    // Workgroups that share lists leave records of these, which another kernel merges.
+    const bool is_merged = slot == OPERAND_OUT || slot == OPERAND_LSE || slot == OPERAND_SHARES;
+    if (is_merged && leaves_records) continue;
     const bool of_shares = slot == OPERAND_SHARES || slot == OPERAND_DSHARES;
     if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
     bytes += operands[slot] + ScratchBytes(plan, slot);
