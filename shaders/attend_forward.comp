@@ -61,17 +61,15 @@ void finish_row(uint row, uint position, uint first_head, uint part) {
   uint head = row % TILE_HEADS;
   bool empty = row_sum == 0.0;
   row_factor[row] = empty ? 0.0 : 1.0 / row_sum;
-  // In a record a part without keys is told from one whose scores are as low.
-  float none = LIST_PARTS > 1 ? -INFINITY : EMPTY_LOGSUMEXP;
-  float logsumexp = empty ? none : row_maximum + log_accurate(row_sum);
   vec2 shares = row_level_sums * row_factor[row];
   if (LIST_PARTS > 1) {
     record_of(first_head + head, position, part).quad[OUT_QUADS] =
-        floatBitsToUint(vec4(logsumexp, shares, 0.0));
+        floatBitsToUint(vec4(row_maximum, row_sum, shares));
     return;
   }
   View view = view_of(OPERAND_LSE, first_head, 2);
-  store_float(view.base, row_start(view, position, head), logsumexp);
+  store_float(view.base, row_start(view, position, head),
+              empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum));
   if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, first_head, position, head, shares);
   if (has(FEATURE_ROW_COUNTS)) {
     View counts_view = view_of(OPERAND_ROW_COUNTS, first_head, 2);

@@ -27,13 +27,13 @@ void main() {
   vec2 share_sums = vec2(0);
   for (uint part = 0; part < LIST_PARTS; ++part) {
     vec4 statistics = load_record(head, position, part, OUT_QUADS);
-    if (statistics.x == -INFINITY) continue;  // it has no keys
-    float weight = exp_accurate(statistics.x - top);
+    if (statistics.y == 0.0) continue;  // it sees nothing
+    float weight = statistics.y * exp_accurate(statistics.x - top);
     // What has no weight is hidden, NaN or not.
     if (weight == 0.0) continue;
     sum += weight;
     out_sums = fma(vec4(weight), load_record(head, position, part, quad), out_sums);
-    share_sums = fma(vec2(weight), statistics.yz, share_sums);
+    share_sums = fma(vec2(weight), statistics.zw, share_sums);
   }
   bool empty = sum == 0.0;
   float share = empty ? 0.0 : 1.0 / sum;

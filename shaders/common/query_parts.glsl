@@ -1,6 +1,8 @@
 // Few tiles of queries may see very many keys, as in a step of decoding. Then several workgroups share
 // the list of one: each attends to a part of it and leaves a record of every row, float32, which
-// merge_parts.comp merges: quads of out, then one of logsumexp, the shares by level, and nothing.
+// merge_parts.comp merges: quads of out, then one of the maximum of its scores, the sum of their powers
+// relative to that, and the shares by level. (A logsumexp would not do: that of scores near the least
+// float32 says nothing of their number.)
 #include "common/parts.glsl"
 #include "common/work_list.glsl"
 
