@@ -149,7 +149,12 @@ def _imbalance(calls: Sequence[ProfiledCall], name: str) -> float:
         return 0
     worst = 0.0
     for call in calls:
-        if call.most_rows is None or call.exact_pairs is None or call.coarse_pairs is None:
+        if (
+            _shares_lists(call)
+            or call.most_rows is None
+            or call.exact_pairs is None
+            or call.coarse_pairs is None
+        ):
             continue
         pairs = call.exact_pairs + call.coarse_pairs
         if pairs > 0:
@@ -285,13 +290,8 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             f"{' or '.join(matrices)} operands use them",
         )
     others = [call for call in portable if call.dtype in matrices and call.direction != "plan"]
-    # Tangents have no other kernels, and of few queries these are the better ones.
-    others = [
-        call
-        for call in others
-        if call.direction != "tangent"
-        and not any(_family(kernel) == "merge_parts" for kernel in call.kernels)
-    ]
+    # Tangents have no other kernels, nor have lists that workgroups share.
+    others = [call for call in others if call.direction != "tangent" and not _shares_lists(call)]
     if others:
         yield Insight(
             "kernels",
@@ -301,6 +301,11 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             "matrix kernels take a head_dim up to 128 that is a multiple of 8, and plans with a "
             "query_tile of 64 or more",
         )
+
+
+def _shares_lists(call: ProfiledCall) -> bool:
+    """Whether several workgroups walk the list of a tile."""
+    return any(_family(kernel) == "merge_parts" for kernel in call.kernels)
 
 
 def _family(kernel: KernelTime) -> str:

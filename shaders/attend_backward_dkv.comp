@@ -5,7 +5,7 @@
 #define SCORE_PLANES 2
 #define TILE_PLANES 2
 #include "common/any_thread.glsl"
-#include "common/list_parts.glsl"
+#include "common/key_parts.glsl"
 #include "common/score_gradient.glsl"
 #include "common/staging.glsl"
 

@@ -1,6 +1,6 @@
 #version 460
 // Adds up the gradients of coarse rows that parts of lists have given, into those of the first part.
-#include "common/list_parts.glsl"
+#include "common/key_parts.glsl"
 #include "common/store.glsl"
 
 const uint QUADS = (HEAD_DIM + 3) / 4;

@@ -170,6 +170,7 @@ CASES = {
     "bias_of_keys": dict(bias=(1, 1, 1, 2100), queries=70, keys=2100, query_tile=64),
     "bias_of_pairs": dict(bias=(2, 8, 100, 100), heads=8, kv_heads=2, query_tile=16, causal=True),
     "few_queries": dict(queries=9, keys=2100, query_tile=32, super_tile=256, batch=1),
+    "few_queries_two_tiles": dict(queries=30, keys=1100, query_tile=16, batch=1),
     "no_keys_but_many": dict(keys=1100, queries=20, batch=1, dtype="float16"),
     "float16": dict(dtype="float16", causal=True, heads=4, kv_heads=2),
     "bfloat16": dict(dtype="bfloat16", queries=130, keys=200, query_tile=64),
@@ -188,7 +189,7 @@ def test_forward(case):
     assert_close(actual, in_float64_trees(case.oracle, case.floats), TOLERANCE[case.dtype][0])
 
 
-@pytest.mark.parametrize("name", ["few_queries", "no_keys_but_many"])
+@pytest.mark.parametrize("name", ["few_queries", "few_queries_two_tiles", "no_keys_but_many"])
 def test_workgroups_share_long_lists(name, rng):
     """Which `test_forward` compares with the oracle."""
     jax.block_until_ready(Case(rng, **CASES[name]).compute({}))

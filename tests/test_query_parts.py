@@ -45,7 +45,7 @@ def everything(rng, queries, keys, heads, batch=2):
 CASES = {
     "one query": ({"queries": 1, "keys": 1537}, None),
     "one head": ({"queries": 3, "keys": 2000, "heads": 1, "kv_heads": 1, "head_dim": 33}, None),
-    "several tiles": ({"queries": 31, "keys": 1100, "heads": 2, "head_dim": 130}, None),
+    "two slices": ({"queries": 31, "keys": 1100, "heads": 2, "head_dim": 130}, None),
     "bfloat16": ({"queries": 1, "keys": 1300, "dtype": "bfloat16"}, None),
     "float16": ({"queries": 5, "keys": 1301, "heads": 6, "dtype": "float16"}, None),
     "everything": ({"queries": 7, "keys": 2100}, everything),
@@ -123,3 +123,5 @@ def test_gradients(rng):
         found = jax.block_until_ready(gradient(*arrays))
     expected = jax.jit(jax.grad(lambda *x: loss(*reference(*x))[0], (0, 1, 2)))(*arrays)
     assert_close(found, expected, TOLERANCE["float32"][1])
+    jax.block_until_ready(attend(*arrays))
+    assert_shared()

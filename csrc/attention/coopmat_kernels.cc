@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "attention/kernels.h"
-#include "attention/list_parts.h"
 #include "attention/plan_shape.h"
 
 namespace jax_aat {
@@ -42,8 +41,6 @@ KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
   std::uint32_t columns = head_dim;
   switch (kernel) {
     case Kernel::kForward:
-      // Tiles that stay nearly empty share their lists, which portable kernels can.
-      if (QueryListParts(problem, kFewRows) > 1) return {};
       shape = {"attend_forward_coopmat", 128, 128, narrow ? 64u : 32u};
       shape.has_careful_pass = true;
       break;

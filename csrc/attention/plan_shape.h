@@ -24,7 +24,7 @@ std::uint32_t LevelWords(const AttentionParams& params);
 std::uint32_t KeyListTiles(const AttentionParams& params);
 
 // Workgroups that share the transposed list of a tile of coarse rows, where a call makes these
-// (shaders/common/list_parts.glsl): so many that a GPU is full. A power of two.
+// (shaders/common/key_parts.glsl): so many that a GPU is full. A power of two.
 std::uint32_t CoarseListParts(const AttentionParams& params);
 
 // Rows of a query tile.

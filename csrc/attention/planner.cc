@@ -7,9 +7,9 @@
 #include "attention/checks.h"
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
-#include "attention/list_parts.h"
 #include "attention/plan_builder.h"
 #include "attention/plan_shape.h"
+#include "attention/query_parts.h"
 #include "attention/state_planner.h"
 #include "attention/tile_planner.h"
 #include "attention/tuning.h"
@@ -394,7 +394,7 @@ class Planner {
     // What makes lists and plans still walks all keys, in shorter loops. A part has a block more
     // than its share at most.
     if (parts > 1 && !Has(FEATURE_PLAN)) {
-      return std::max(keys / parts + 2 * shape.block_rows, keys / kListLoops);
+      return std::max<std::uint64_t>(keys / parts + shape.block_rows, keys / kListLoops);
     }
     return keys * (kernel == Kernel::kTangent ? 2 : 1);
   }

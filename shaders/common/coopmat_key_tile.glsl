@@ -3,7 +3,7 @@
 #include "common/coopmat_rows.glsl"
 #include "common/coopmat_scores.glsl"
 #include "common/launch_order.glsl"
-#include "common/list_parts.glsl"
+#include "common/key_parts.glsl"
 
 const bool COARSE_TILE = (FEATURES & FEATURE_COARSE_TILE) != 0;
 

@@ -163,12 +163,14 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
   for (const Dispatch& dispatch : plan.dispatches) {
     const auto& constants = dispatch.specialization;
     const bool merges = StartsWith(dispatch.shader, "merge_parts");
-    if (problem.pass != Pass::kForward) {
-      EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
-    }
-    if (merges || (problem.pass == Pass::kForward && Parts(dispatch) > 1)) {
+    const bool has_parts = problem.pass == Pass::kForward && constants.size() == 14;
+    if (!has_parts) EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
+    EXPECT(!merges || has_parts);
+    if (has_parts) {
       // A kernel whose tiles have parts, then that which merges as many.
-      const Dispatch& other = merges ? *(&dispatch - 1) : *(&dispatch + 1);
+      const std::size_t i = &dispatch - plan.dispatches.data();
+      EXPECT(merges ? i > 0 : i + 1 < plan.dispatches.size());
+      const Dispatch& other = plan.dispatches[merges ? i - 1 : i + 1];
       EXPECT(StartsWith(other.shader, merges ? "attend_forward." : "merge_parts."));
       EXPECT(Parts(other) == Parts(dispatch) && Parts(dispatch) >= 4);
     }
@@ -309,11 +311,11 @@ void TestParts() {
     return std::pair(Parts(plan.dispatches[1]), std::string(plan.path));
   };
   using Expected = std::pair<std::uint64_t, std::string>;
-  EXPECT(parts_and_path(1, 1023) == Expected(1, "coopmat"));
+  EXPECT(parts_and_path(1, 131072) == Expected(1, "coopmat"));
+  traits.coopmat_bfloat16 = false;
+  EXPECT(parts_and_path(1, 1023) == Expected(1, "portable"));
   EXPECT(parts_and_path(1, 1024) == Expected(4, "portable"));
   EXPECT(parts_and_path(8, 131072) == Expected(128, "portable"));
-  EXPECT(parts_and_path(9, 131072) == Expected(1, "coopmat"));
-  traits.coopmat_bfloat16 = false;
   EXPECT(parts_and_path(9, 131072) == Expected(1, "portable"));
   call.batch = 64;
   EXPECT(parts_and_path(1, 4096) == Expected(16, "portable"));

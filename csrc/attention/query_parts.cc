@@ -1,4 +1,4 @@
-#include "attention/list_parts.h"
+#include "attention/query_parts.h"
 
 #include <algorithm>
 
@@ -7,11 +7,13 @@
 namespace jax_aat {
 namespace {
 
-// Of tiles times parts of a head, about what one GPU runs at once.
+// Rows of a chunk of heads up to which its lists are shared, so that records stay small beside the
+// keys and values of a batch entry.
+constexpr std::uint64_t kFewRows = 32;
+// Of a chunk, tiles times parts: with two chunks a large GPU runs about as many at once.
 constexpr std::uint64_t kMostWorkgroups = 128;
-// Keys of a part at least; fewer parts than these are not worth a second kernel.
-constexpr std::uint64_t kLeastKeys = 256;
-constexpr std::uint64_t kLeastParts = 4;
+constexpr std::uint64_t kLeastKeys = 256;  // of a part
+constexpr std::uint64_t kLeastParts = 4;   // fewer are not worth a second kernel
 
 }  // namespace
 
@@ -33,7 +35,7 @@ std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_row
 }
 
 std::uint32_t QueryListParts(const AttentionProblem& problem, std::uint32_t tile_rows) {
-  // Kernels count rows in one place only.
+  // Records have no room for the counts of rows, which tests ask for.
   if (problem.pass != Pass::kForward || problem.features & FEATURE_ROW_COUNTS) return 1;
   const AttentionParams& params = problem.params;
   const std::uint64_t rows = std::uint64_t{params.queries} * TileHeads(params);

@@ -14,10 +14,6 @@ std::uint64_t WindowSpan(const AttentionProblem& problem);
 // Keys that a tile of so many rows sees at most.
 std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_rows);
 
-// Rows of a head's queries (those of TileHeads heads) up to which lists are shared, so that records
-// stay small beside keys and values.
-inline constexpr std::uint32_t kFewRows = 32;
-
 // The parts of the list of such a tile; 1: it is not shared. They depend on the sizes of one head
 // alone, so that a batch entry gets the same bits in every batch.
 std::uint32_t QueryListParts(const AttentionProblem& problem, std::uint32_t tile_rows);
