@@ -1,5 +1,6 @@
 #include "attention/kernels.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace jax_aat {
@@ -19,6 +20,23 @@ KernelChoice ShapesOf(Kernel kernel, const AttentionProblem& problem, const Devi
     if (!shapes.empty()) return {&family, std::move(shapes)};
   }
   return {};
+}
+
+std::uint64_t WindowSpan(const AttentionProblem& problem) {
+  const AttentionParams& params = problem.params;
+  const bool has_window = problem.features & FEATURE_WINDOW;
+  const std::uint64_t left = has_window && params.window_left >= 0
+                                 ? static_cast<std::uint64_t>(params.window_left)
+                                 : params.queries;
+  const std::uint64_t right = problem.features & FEATURE_CAUSAL ? 0
+                              : has_window && params.window_right >= 0
+                                  ? static_cast<std::uint64_t>(params.window_right)
+                                  : params.keys;
+  return left + right;
+}
+
+std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_rows) {
+  return std::min<std::uint64_t>(problem.params.keys, tile_rows + WindowSpan(problem));
 }
 
 }  // namespace jax_aat

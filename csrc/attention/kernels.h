@@ -62,6 +62,12 @@ KernelChoice ShapesOf(Kernel kernel, const AttentionProblem& problem, const Devi
 // Query heads in a tile: the largest power of two that divides the heads of a group, at most 16.
 std::uint32_t TileHeads(const AttentionParams& params);
 
+// How far apart a query and a key that it sees can be, both sides together.
+std::uint64_t WindowSpan(const AttentionProblem& problem);
+
+// Keys that a query tile of so many rows sees at most.
+std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_rows);
+
 // Whether every row of queries, keys and values can be loaded by so many elements (a power of two)
 // at once.
 bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements);

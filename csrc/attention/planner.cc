@@ -391,8 +391,8 @@ class Planner {
     }
     const std::uint64_t keys = KeysOfTile(problem_, shape.tile_rows);
     const std::uint32_t parts = ListParts(kernel, shape);
-    // What makes lists and plans still walks all keys, in shorter loops. A part has a block more
-    // than its share at most.
+    // A part has a block more than its share at most. What makes lists looks at all keys, in
+    // shorter loops; for what makes plans, all keys stay the bound.
     if (parts > 1 && !Has(FEATURE_PLAN)) {
       return std::max<std::uint64_t>(keys / parts + shape.block_rows, keys / kListLoops);
     }

@@ -8,14 +8,8 @@
 
 namespace jax_aat {
 
-// How far apart a query and a key that it sees can be, both sides together.
-std::uint64_t WindowSpan(const AttentionProblem& problem);
-
-// Keys that a tile of so many rows sees at most.
-std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_rows);
-
-// The parts of the list of such a tile; 1: it is not shared. They depend on the sizes of one head
-// alone, so that a batch entry gets the same bits in every batch.
+// The parts of the list of a tile of so many rows; 1: it is not shared. They depend on the sizes of
+// one head alone, so that a batch entry gets the same bits in every batch.
 std::uint32_t QueryListParts(const AttentionProblem& problem, std::uint32_t tile_rows);
 
 // Bytes of the records of so many parts.

@@ -2,8 +2,8 @@
 // the queries on its transposed work list.
 #include "common/coopmat_rows.glsl"
 #include "common/coopmat_scores.glsl"
-#include "common/launch_order.glsl"
 #include "common/key_parts.glsl"
+#include "common/launch_order.glsl"
 
 const bool COARSE_TILE = (FEATURES & FEATURE_COARSE_TILE) != 0;
 

@@ -293,6 +293,18 @@ void Fuzz() {
   }
 }
 
+void ExpectRefusal(AttentionProblem problem, DeviceTraits traits, const char* word) {
+  try {
+    PlanAttention(problem, traits);
+  } catch (const std::invalid_argument& error) {
+    if (std::string(error.what()).find(word) != std::string::npos) return;
+    std::fprintf(stderr, "the refusal says \"%s\", not \"%s\"\n", error.what(), word);
+    std::exit(1);
+  }
+  std::fprintf(stderr, "nothing was refused where \"%s\" was expected\n", word);
+  std::exit(1);
+}
+
 // Which lists are shared, and among how many workgroups.
 void TestParts() {
   ExampleCall call = {.pass = "forward", .dtype = "bfloat16"};
@@ -325,23 +337,8 @@ void TestParts() {
   // A driver that ends loops serves some more keys so.
   traits.max_loop_iterations = (1 << 16) - 1;
   EXPECT(parts_and_path(1, 60000) == Expected(128, "portable"));
-  try {
-    parts_and_path(1, 70000);
-    EXPECT(!"refused");
-  } catch (const std::invalid_argument&) {
-  }
-}
-
-void ExpectRefusal(AttentionProblem problem, DeviceTraits traits, const char* word) {
-  try {
-    PlanAttention(problem, traits);
-  } catch (const std::invalid_argument& error) {
-    if (std::string(error.what()).find(word) != std::string::npos) return;
-    std::fprintf(stderr, "the refusal says \"%s\", not \"%s\"\n", error.what(), word);
-    std::exit(1);
-  }
-  std::fprintf(stderr, "nothing was refused where \"%s\" was expected\n", word);
-  std::exit(1);
+  call.keys = 70000;
+  ExpectRefusal(ExampleProblem(call), traits, "loops");
 }
 
 void Refusals() {
