@@ -290,8 +290,8 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             f"{' or '.join(matrices)} operands use them",
         )
     others = [call for call in portable if call.dtype in matrices and call.direction != "plan"]
-    # Tangents have no other kernels, nor have lists that workgroups share.
-    others = [call for call in others if call.direction != "tangent" and not _shares_lists(call)]
+    # Tangents have no other kernels.
+    others = [call for call in others if call.direction != "tangent"]
     if others:
         yield Insight(
             "kernels",

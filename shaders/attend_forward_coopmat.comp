@@ -10,7 +10,10 @@
 // follows it, computes marked tiles anew with references that follow the maxima. Following them
 // always cost a sixth of the speed. The careful pass has few workgroups that look for marks, as one
 // for each tile, with nothing to do, would take 15 us to come and go.
+//
+// Where workgroups share the list of a tile, what is said of a tile holds for each of its parts.
 #include "common/coopmat_coarse.glsl"
+#include "common/query_parts.glsl"
 
 #extension GL_KHR_shader_subgroup_arithmetic : require
 
@@ -34,11 +37,13 @@ const bool SHARES_REFERENCE = DTYPE == DTYPE_BF16 && !CAREFUL;
 // What the sum of a row may be. Weights of less than 2^-14 lose digits in float16.
 const float MIN_SUM = DTYPE == DTYPE_BF16 ? 1e-18 : 0.015625;
 const float MAX_SUM = DTYPE == DTYPE_BF16 ? 1e18 : 16384.0;
-// Logsumexp of the first row of a tile that the fast pass leaves to the careful one: a NaN that no
-// arithmetic makes. (If some did, the tile would be computed twice.)
+// Logsumexp of the first row of a tile that the fast pass leaves to the careful one, or the maximum
+// in the record of that row: a NaN that no arithmetic makes. (If some did, the tile would be computed
+// twice.)
 #define MARK 0x7fc0a11eu
 
 QueryTile tile;
+uint part_at_work;  // of its list
 float to_log2;
 Left q[ROW_TILES][DIM_TILES];
 Accumulator o[ROW_TILES][DIM_TILES];
@@ -239,6 +244,37 @@ bool in_range() {
   return good && most < 1e38;
 }
 
+// Where a tile, or its part, is marked.
+Words mark_of(QueryTile tile, uint part) {
+  if (LIST_PARTS > 1) {
+    Quads record = record_of(tile.first_head, tile.first_position, part);
+    return Words(add_wide(uvec2(record), uvec2(OUT_QUADS * 16, 0)));
+  }
+  View view = view_of(OPERAND_LSE, tile.first_head, 2);
+  return Words(add_wide(view.base, uvec2(row_start(view, tile.first_position, 0) * 4, 0)));
+}
+
+// Row r of those that a lane holds elements of, which are already divided by their sum.
+void record_row(uint r, float total, vec2 shares) {
+  uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
+  shares = vec2(quad_sum(shares.x), quad_sum(shares.y));
+  if (position >= PARAMS.queries) return;
+  Quads record = record_of(tile.first_head + row % TILE_HEADS, position, part_at_work);
+  if (gl_SubgroupInvocationID % 4 == 0) {
+    // The reference of a row that sees nothing may be anything.
+    float top = total == 0.0 ? -INFINITY : reference_of(r) * LN_2;
+    record.quad[OUT_QUADS] = floatBitsToUint(vec4(top, total, shares));
+  }
+  Words words = Words(uvec2(record));
+  [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+    [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+      uint column = d * 16 + lane_column(c);
+      float value = o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c];
+      if (column < HEAD_DIM) words.word[column] = floatBitsToUint(value);
+    }
+  }
+}
+
 void attend_tile() {
   set_scores(tile.first_head);
   to_log2 = score_factor();
@@ -285,22 +321,27 @@ void attend_tile() {
       uint row = subgroup_row(t) + lane_row(h);
       uint position = tile.first_position + row / TILE_HEADS;
       float total = quad_sum(sum[r]);
+      vec2 shares = vec2(0);
+      if (has(FEATURE_PLAN) && total != 0.0) shares = level_sum[r] / total;
+      float share = total == 0.0 ? 0.0 : gain / total;
+      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        [[unroll]] for (uint i = h * LANE_COLUMNS; i < (h + 1) * LANE_COLUMNS; ++i) {
+          o[t][d][i] *= share;
+          if (LIST_PARTS == 1) o[t][d][i] = rounded(o[t][d][i]);
+        }
+      }
+      if (LIST_PARTS > 1) {
+        record_row(r, total, shares);
+        continue;
+      }
       if (position < PARAMS.queries && gl_SubgroupInvocationID % 4 == 0) {
         uint at = row_start(lse_view, position, row % TILE_HEADS);
         float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference_of(r) + log2(total)) * LN_2;
         Words(lse_view.base).word[at] = floatBitsToUint(lse);
       }
-      if (has(FEATURE_PLAN)) {
-        vec2 shares = total == 0.0 ? vec2(0) : level_sum[r] / total;
-        store_levels_pair(OPERAND_SHARES, tile, r, shares);
-      }
-      float share = total == 0.0 ? 0.0 : gain / total;
-      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-        [[unroll]] for (uint i = h * LANE_COLUMNS; i < (h + 1) * LANE_COLUMNS; ++i) {
-          o[t][d][i] = rounded(o[t][d][i] * share);
-        }
-      }
+      if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, tile, r, shares);
     }
+    if (LIST_PARTS > 1) continue;
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       coopMatStore(Rounded(o[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
     }
@@ -308,17 +349,15 @@ void attend_tile() {
     exchange_out(out_view, tile, t);
     barrier();
   }
-  if (gl_LocalInvocationIndex == 0 && failed != 0) {
-    Words(lse_view.base).word[row_start(lse_view, tile.first_position, 0)] = MARK;
-  }
+  if (LIST_PARTS > 1) barrier();  // `failed` is what all subgroups found
+  if (gl_LocalInvocationIndex == 0 && failed != 0) mark_of(tile, part_at_work).word[0] = MARK;
 }
 
 // Each lane asks for a tile of its own.
 bool is_marked(uint place) {
   QueryTile other;
-  if (!locate_query_tile(place, other)) return false;
-  View view = view_of(OPERAND_LSE, other.first_head, 2);
-  return Words(view.base).word[row_start(view, other.first_position, 0)] == MARK;
+  return locate_query_tile(place / LIST_PARTS, other) &&
+         mark_of(other, place % LIST_PARTS).word[0] == MARK;
 }
 
 void main() {
@@ -327,13 +366,17 @@ void main() {
   do {
     if (CAREFUL) {
       for (; marked == 0; next += 32 * stride) {
-        if (next >= query_tile_count() * launched_heads) return;
+        if (next >= query_tile_count() * launched_heads * LIST_PARTS) return;
         first = next;
         marked = subgroupBallot(is_marked(first + gl_SubgroupInvocationID * stride)).x;
       }
       place = first + findLSB(marked) * stride;
       marked &= marked - 1;
     }
-    if (locate_uniform_tile(place, tile)) attend_tile();
+    part_at_work = place % LIST_PARTS;
+    if (locate_uniform_tile(place / LIST_PARTS, tile)) {
+      if (LIST_PARTS > 1) tile.list = part_of(tile.list, part_at_work);
+      attend_tile();
+    }
   } while (CAREFUL);  // known at compile time
 }

@@ -230,9 +230,6 @@ def test_portable_kernels_for_a_matrix_dtype(call, with_matrices):
     assert call.problem in insight.message
     matrices = dataclasses.replace(half, path="coopmat")
     assert "kernels" not in causes(profile_of(matrices, device=with_matrices))
-    merges = dataclasses.replace(call.kernels[0], name="merge_parts.bf16")
-    few_queries = dataclasses.replace(half, kernels=(*call.kernels, merges))
-    assert "kernels" not in causes(profile_of(few_queries, device=with_matrices))
 
 
 def test_largest_first(call):

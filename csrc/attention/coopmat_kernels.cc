@@ -11,7 +11,7 @@ namespace {
 constexpr std::uint32_t kSubgroupSize = 32;
 constexpr std::uint32_t kMaxHeadDim = 128;
 constexpr std::uint32_t kVectorElements = 8;  // 16 bytes
-// Rows of the smallest query tile of a plan that has matrix kernels, of which a subgroup takes 16.
+// Rows of the smallest query tile, of which a subgroup takes 16.
 constexpr std::uint32_t kSmallTile = 64;
 
 // Upper bound of what a kernel declares whose staged rows have at most so many columns.
@@ -63,15 +63,18 @@ KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
   }
   // The backward kernels have no variant for a cotangent of the residual alone.
   if (kernel != Kernel::kForward && !(problem.features & FEATURE_DOUT)) return {};
-  if (problem.features & FEATURE_PLAN) {
-    const bool has_query_tiles = kernel != Kernel::kBackwardDkv;
-    const std::uint32_t plan_rows = PlanTileRows(problem.params);
-    if (has_query_tiles && plan_rows == kSmallTile) {
-      shape.tile_rows = kSmallTile;
-      shape.threads = kSmallTile / 16 * kSubgroupSize;
-    }
-    if ((has_query_tiles ? shape.tile_rows : shape.block_rows) > plan_rows) return {};
+  const bool has_query_tiles = kernel != Kernel::kBackwardDkv;
+  const bool planned = problem.features & FEATURE_PLAN;
+  const std::uint64_t rows =
+      planned ? PlanTileRows(problem.params)
+              : std::uint64_t{problem.params.queries} * TileHeads(problem.params);
+  const bool is_small =
+      planned ? rows == kSmallTile : kernel == Kernel::kForward && rows <= kSmallTile;
+  if (has_query_tiles && is_small) {
+    shape.tile_rows = kSmallTile;
+    shape.threads = kSmallTile / 16 * kSubgroupSize;
   }
+  if (planned && (has_query_tiles ? shape.tile_rows : shape.block_rows) > rows) return {};
   shape.required_subgroup_size = kSubgroupSize;
   if (SharedBytes(kernel, shape, columns) > traits.max_shared_memory ||
       shape.threads > traits.max_workgroup_invocations) {

@@ -230,18 +230,17 @@ class Planner {
     TileGrid tiles = QueryTiles(shape);
     tiles.tiles *= parts;
     Dispatch& dispatch = AddKernel(shape, features, tiles, flops_a_pair_and_column);
-    if (parts > 1) {
-      dispatch.specialization.push_back(parts);
-      AddMerge(parts);
-    }
+    if (parts > 1) dispatch.specialization.push_back(parts);
     if (shape.has_careful_pass) {
       builder_.AddBarrier();
       // No flops: of what tiles it computes, those of the first pass were wasted.
-      Dispatch& careful = AddKernel(shape, features, QueryTiles(shape), 0);
+      Dispatch& careful = AddKernel(shape, features, tiles, 0);
       careful.specialization[kFeatures] |= FEATURE_CAREFUL;
       careful.groups = {std::min(careful.groups[0], kCarefulGroups), 1, 1};
       careful.flops = 0;
+      if (parts > 1) careful.specialization.push_back(parts);
     }
+    if (parts > 1) AddMerge(parts);
   }
 
   // Of what the parts of work lists have left in records.
@@ -379,8 +378,7 @@ class Planner {
   }
 
   std::uint32_t ListParts(Kernel kernel, const KernelShape& shape) const {
-    const bool can_share = kernel == Kernel::kForward && !shape.has_careful_pass;
-    return can_share ? QueryListParts(problem_, shape.tile_rows) : 1;
+    return kernel == Kernel::kForward ? QueryListParts(problem_, shape.tile_rows) : 1;
   }
 
   // By a workgroup, at most; those of tangents, which need about twice the loops of the other
