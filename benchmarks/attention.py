@@ -35,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--contenders", nargs="+", default=list(NAMES), choices=NAMES)
     add("--budgets", type=float, nargs="*", default=[0.125], help="fractions of exact attention")
     add("--budget-keys", type=float, nargs="*", default=[], help="keys a query, at every length")
+    add(
+        "--settings",
+        type=settings_of,
+        nargs="+",
+        default=[()],
+        help="of adaptive attention beside its budget, each set of them a contender: NAME=NUMBER"
+        " of stages, query_tile or super_tile, joined by commas, or 'default'",
+    )
     add("--flex-blocks", type=int, nargs="+", default=[128], help="sizes of FlexAttention's blocks")
     add("--repeats", type=int, default=30)
     add("--seconds", type=float, default=2.0, help="a row's timing stops repeating after them")
     add("--output", type=Path, default=FOLDER / "results")
     add("--name", help="of the files; default: attention and the date")
     return parser.parse_args(arguments)
+
+
+def settings_of(text: str) -> tuple[tuple[str, int], ...]:
+    """Attributes of an `Adaptation`, as the command line has them."""
+    if text == "default":
+        return ()
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(name not in ("stages", "query_tile", "super_tile") for name, _, _ in pairs):
+        raise ValueError(text)
+    return tuple((name, int(value)) for name, _, value in pairs)
 
 
 def cases_of(args: argparse.Namespace) -> Iterator[Case]:
@@ -176,6 +194,7 @@ def reason(error: Exception) -> str:
 def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of all passes and contenders of a case."""
     budgets = [Budget(x) for x in args.budgets] + [Budget(x, True) for x in args.budget_keys]
+    budgets = [replace(budget, settings=x) for budget in budgets for x in args.settings]
     contenders = chosen(args.contenders, budgets, args.flex_blocks)
     problem = ""
     try:

@@ -31,13 +31,16 @@ class Budget:
     Attributes:
       amount: A fraction of the FLOPs of exact attention or, with `per_query`, a number of keys.
       per_query: Whether it is what reading so many keys costs each query, whatever the length.
+      settings: Other attributes of the `Adaptation`.
     """
 
     amount: float
     per_query: bool = False
+    settings: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.amount:g}" + (" keys" if self.per_query else "")
+        words = [f"{self.amount:g}" + (" keys" if self.per_query else "")]
+        return " ".join([*words, *(f"{name}={value}" for name, value in self.settings)])
 
     def fraction(self, case: Case) -> float:
         """The budget for a case, as `Adaptation` has it.
@@ -77,7 +80,7 @@ def adaptive(
     implementation: Implementation = "vulkan",
 ) -> Measured:
     """This package's adaptive attention; every call makes its own plan."""
-    adaptation = Adaptation(budget=budget.fraction(case))
+    adaptation = Adaptation(budget=budget.fraction(case), **dict(budget.settings))
     make = partial(ours, implementation=implementation, adaptation=adaptation)
     made = by_jax(make, implementation == "vulkan")(case, arrays, backward)
     kernel_facts = made.facts if implementation == "vulkan" else dict
@@ -122,7 +125,9 @@ def chosen(
             found[name] = DENSE[name]
         for budget in budgets if name == ADAPTIVE else ():
             found[f"{name} {budget}"] = partial(adaptive, budget)
-        for budget in budgets if name == FLEX else ():
+        # Its blocks are those of the plan that is made by default.
+        plain = dict.fromkeys(dataclasses.replace(budget, settings=()) for budget in budgets)
+        for budget in plain if name == FLEX else ():
             for size in block_sizes:
                 found[f"{name} {size} at {budget}"] = partial(_flex, size, budget)
     return found

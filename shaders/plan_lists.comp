@@ -28,22 +28,38 @@ void main() {
 
   uint next_full = header.x, next_mixed = header.x + header.y;
   uint next_row = header.x + round_up(header.z, LIST_STEP);
-  for (uint base = 0; base < granules; base += THREADS) {
-    uint granule = base + self;
-    uint level = granule < granules ? granule_level(levels, granule) : 3;
-    bool full = level == LEVEL_EXACT && boundary_of(tile, granule).full;
-    bool mixed = level == LEVEL_EXACT && !full, coarse = level == LEVEL_MEAN;
-    // Three ranks in one sum of ten bits each.
-    uint ranks = scan((full ? 1u : 0u) | (mixed ? 1u << 10 : 0u) | (coarse ? 1u << 20 : 0u));
-    uint total = counts[THREADS - 1];
-    if (full) write_entry(next_full + (ranks & 0x3ffu) - 1, granule * GRANULE_ROWS);
-    if (mixed) write_entry(next_mixed + (ranks >> 10 & 0x3ffu) - 1, granule * GRANULE_ROWS);
-    if (coarse) {
-      write_entry(next_row + (ranks >> 20) - 1, coarse_entry(granule, granule_keys(granule)));
+  // A thread takes a word of levels at a time; fields past the last granule are hidden.
+  uint words = divide_up(granules, LEVEL_GRANULES);
+  for (uint base = 0; base < words; base += THREADS) {
+    uint first = (base + self) * LEVEL_GRANULES;
+    uint word = base + self < words ? load_word(levels.base, base + self) : 0xffffffffu;
+    uint full = 0, mixed = 0, coarse = fields_at(word, LEVEL_MEAN);
+    for (uint left = fields_at(word, LEVEL_EXACT); left != 0; left &= left - 1) {
+      uint field = left & -left;
+      if (boundary_of(tile, first + findLSB(field) / 2).full) {
+        full |= field;
+      } else {
+        mixed |= field;
+      }
     }
-    next_full += total & 0x3ffu;
-    next_mixed += total >> 10 & 0x3ffu;
-    next_row += total >> 20;
+    // Two ranks in one sum of sixteen bits each.
+    uint ranks = scan(bitCount(full) | bitCount(mixed) << 16), total = counts[THREADS - 1];
+    uint at = next_full + (ranks & 0xffffu) - bitCount(full);
+    for (; full != 0; full &= full - 1) {
+      write_entry(at++, (first + findLSB(full) / 2) * GRANULE_ROWS);
+    }
+    at = next_mixed + (ranks >> 16) - bitCount(mixed);
+    for (; mixed != 0; mixed &= mixed - 1) {
+      write_entry(at++, (first + findLSB(mixed) / 2) * GRANULE_ROWS);
+    }
+    next_full += total & 0xffffu;
+    next_mixed += total >> 16;
+    at = next_row + scan(bitCount(coarse)) - bitCount(coarse);
+    for (; coarse != 0; coarse &= coarse - 1) {
+      uint granule = first + findLSB(coarse) / 2;
+      write_entry(at++, coarse_entry(granule, granule_keys(granule)));
+    }
+    next_row += counts[THREADS - 1];
   }
   for (uint base = 0; base < super_tiles; base += THREADS) {
     uint super_tile = base + self;

@@ -16,6 +16,7 @@ from jax_aat import (
     adaptive,
     last_dispatch,
     plan_tiles,
+    profile,
     tiled_attention,
 )
 from jax_aat.levels import EXACT, HIDDEN, unpack_levels
@@ -158,6 +159,29 @@ def test_a_state_is_told_in_the_submission_that_attends(rng, set_traced):
     assert_same_bits(*ran.values())
     prices = [np.asarray(state.log_lambda) for state in (start, ran[True][1])]
     assert not np.array_equal(*prices)
+
+
+def test_lists_of_keys_are_made_for_gradients_alone(rng, set_traced):
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    operands = inputs(rng, 300)
+    adaptation = Adaptation(budget=0.5, query_tile=32)
+    attend = functools.partial(
+        tiled_attention, adaptation=adaptation, is_causal=True, implementation="vulkan"
+    )
+
+    def loops(q, k, v):
+        return jax.lax.scan(lambda q, _: (attend(q, k, v), None), q, length=2)[0]
+
+    def has_key_lists(function):
+        with profile() as prof:
+            jax.block_until_ready(jax.jit(function)(*operands))
+        names = {kernel.name for call in prof.calls for kernel in call.kernels}
+        assert "plan_lists.f32" in names
+        return "plan_key_lists.f32" in names
+
+    for function in (attend, loops):
+        assert not has_key_lists(function)
+        assert has_key_lists(jax.grad(lambda *x, f=function: jnp.sin(f(*x)).sum()))
 
 
 def test_second_derivatives(rng, one_submission):

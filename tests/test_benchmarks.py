@@ -198,6 +198,17 @@ def test_a_budget_of_keys_is_a_smaller_fraction_of_longer_sequences() -> None:
     assert len(found) == 2 + 4
 
 
+def test_settings_are_contenders_of_their_own() -> None:
+    settings = attention.settings_of("stages=1,query_tile=256")
+    assert attention.settings_of("default") == ()
+    with pytest.raises(ValueError, match="levels"):
+        attention.settings_of("levels=2")
+    budgets = [Budget(0.25, settings=x) for x in ((), settings)]
+    found = chosen([ADAPTIVE, "torch flex"], budgets, [128])
+    names = ["jax_aat adaptive 0.25", "jax_aat adaptive 0.25 stages=1 query_tile=256"]
+    assert list(found) == [*names, "torch flex 128 at 0.25"]
+
+
 def test_scores_that_do_not_fit_are_not_tried() -> None:
     case = case_of(2**20)
     with pytest.raises(SkippedError, match=r"its scores need about .* GiB of .* GiB"):

@@ -159,6 +159,27 @@ def test_plans(query_tile, head_dim, rng):
         assert relative_error(x, reference) <= tolerance
 
 
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_correction(head_dim, rng):
+    """Values that go along with their keys: a third of what their means lack is given back."""
+    require_matrices("bfloat16")
+    q = comparison.normal(rng, 2, 2600, 4, head_dim).astype("bfloat16")
+    k = comparison.normal(rng, 2, 2600, 2, head_dim).astype("bfloat16")
+    adaptation = Adaptation(budget=0.25, query_tile=128)
+    plan = plan_tiles(q, k, k, adaptation, is_causal=True, implementation="xla")
+
+    def attend(implementation, *operands, adaptation=adaptation):
+        return tiled_attention(
+            *operands, is_causal=True, adaptation=adaptation, plan=plan,
+            implementation=implementation,
+        )  # fmt: skip
+
+    out = attend("vulkan", q, k, k)
+    assert "state_correction_coopmat.bf16" in kernels_after(out)
+    expected = attend("xla", *(x.astype("float32") for x in (q, k, k)))
+    assert relative_error(out, expected) <= TOLERANCE["bfloat16"][0]
+
+
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_plans_in_other_shapes(head_dim, rng):
     require_matrices("bfloat16")
@@ -184,10 +205,12 @@ def far_apart(problem):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("scores", [growing, far_apart])
-def test_weights_out_of_the_range_of_the_fast_pass(scores, dtype, head_dim):
-    """The careful pass computes these tiles anew, and leaves the others as they are."""
+@pytest.mark.parametrize("sizes", [(300, 320), (5, 1100)], ids=["tiles", "parts of lists"])
+def test_weights_out_of_the_range_of_the_fast_pass(sizes, scores, dtype, head_dim):
+    """The careful pass computes these tiles, or parts, anew, and leaves the others as they are."""
     require_matrices(dtype)
-    problem = make(dtype=dtype, head_dim=head_dim, queries=300, keys=320, batch=(2,))
+    queries, keys = sizes
+    problem = make(dtype=dtype, head_dim=head_dim, queries=queries, keys=keys, batch=(2,))
     plain = forward(problem)[0]
     q, k = (x[0].astype(problem.q.dtype) for x in scores(problem))
     problem = replace(problem, q=problem.q.copy(), k=problem.k.copy())
@@ -196,6 +219,7 @@ def test_weights_out_of_the_range_of_the_fast_pass(scores, dtype, head_dim):
     out, logsumexp = forward(problem)
     kernels = vulkan.last_dispatch().kernels
     assert sum(kernel.startswith("attend_forward_coopmat") for kernel in kernels) == 2
+    assert any(kernel.startswith("merge_parts") for kernel in kernels) == (queries < 32)
     assert relative_error(out[0], expected.out[0]) <= TOLERANCE[dtype][0]
     assert relative_error(logsumexp, expected.logsumexp) <= 2e-5
     np.testing.assert_array_equal(out[1], plain[1])

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention/checks.h"
+#include "attention/kernels.h"
 #include "attention/plan_shape.h"
 
 namespace jax_aat {
@@ -45,7 +46,7 @@ class StatePlanner {
 
   void AddCorrection() {
     builder_.AddBarrier();
-    AddRowKernel("state_correction", kStateFeatures);
+    AddRowKernel(CorrectionShape(), kStateFeatures);
   }
 
   void AddCotangents() {
@@ -59,7 +60,7 @@ class StatePlanner {
     if (WantsKeys()) AddStates(OPERAND_DSTATE, std::max(Parts(), SuperTiles()));
     if (!builder_.Has(FEATURE_DOUT)) return;
     builder_.AddBarrier();
-    AddRowKernel("state_cotangents", kStateFeatures);
+    AddRowKernel(Shape("state_cotangents", TileRows()), kStateFeatures);
     if (WantsKeys()) {
       AddByDtype("state_covariance_gradient", kStateFeatures, Squares() * Parts() * Heads());
     }
@@ -68,7 +69,9 @@ class StatePlanner {
   void AddMeansGradients() {
     constexpr std::uint32_t kFeatures = kStateFeatures | FEATURE_DOUT;
     builder_.AddBarrier();
-    if (Corrects() && builder_.Has(FEATURE_DQ)) AddRowKernel("state_query_gradient", kFeatures);
+    if (Corrects() && builder_.Has(FEATURE_DQ)) {
+      AddRowKernel(Shape("state_query_gradient", TileRows()), kFeatures);
+    }
     if (!WantsKeys()) return;
     const std::uint32_t parts = CoarseListParts(params_);
     if (parts > 1) {
@@ -118,12 +121,14 @@ class StatePlanner {
   std::uint64_t MeanVectors() const { return (4 * Quads() + 2) * Quads(); }
   std::uint64_t StateVectors() const { return MeanVectors() + 2 * Quads(); }
 
-  Dispatch& AddByDtype(const char* shader, std::uint32_t features, std::uint64_t workgroups,
-                       std::uint32_t tile_rows = kGranuleRows) {
-    const KernelShape shape = Shape(shader, tile_rows);
+  Dispatch& AddByDtype(const KernelShape& shape, std::uint32_t features, std::uint64_t workgroups) {
     Dispatch& dispatch = builder_.Add(builder_.ModuleName(shape), shape, features, workgroups);
     dispatch.flops = kNotCounted;
     return dispatch;
+  }
+  Dispatch& AddByDtype(const char* shader, std::uint32_t features, std::uint64_t workgroups,
+                       std::uint32_t tile_rows = kGranuleRows) {
+    return AddByDtype(Shape(shader, tile_rows), features, workgroups);
   }
 
   // A kernel that runs along the states of each key/value head, a vector a thread.
@@ -133,9 +138,28 @@ class StatePlanner {
   }
 
   // A kernel whose tiles are rows of queries that see the same state.
-  void AddRowKernel(const char* shader, std::uint32_t features) {
+  void AddRowKernel(const KernelShape& shape, std::uint32_t features) {
     const std::uint64_t rows = SuperTileRows() * (params_.query_heads / params_.kv_heads);
-    AddByDtype(shader, features, DivideUp(rows, TileRows()) * Parts() * Heads(), TileRows());
+    AddByDtype(shape, features, DivideUp(rows, shape.tile_rows) * Parts() * Heads());
+  }
+
+  // On cooperative matrices where the kernel of attention runs on them and shared memory has room
+  // for Cov(v, k) beside 16 rows a subgroup.
+  KernelShape CorrectionShape() const {
+    const AttentionProblem& problem = builder_.problem();
+    const DeviceTraits& traits = builder_.traits();
+    const bool narrow = params_.head_dim <= 64;
+    KernelShape shape = {"state_correction_coopmat", narrow ? 128u : 64u, narrow ? 256u : 128u,
+                         kGranuleRows};
+    shape.required_subgroup_size = 32;
+    const std::uint64_t columns = DivideUp(params_.head_dim, 16) * 16;
+    const std::uint64_t shared =
+        (columns + shape.threads / 2) * (2 * columns + 16) + 4 * shape.tile_rows + 8 * Quads();
+    if (problem.dtype == DTYPE_BF16 && shared <= traits.max_shared_memory &&
+        !CoopmatShapes(Kernel::kForward, problem, traits).empty()) {
+      return shape;
+    }
+    return Shape("state_correction", TileRows());
   }
   // So that a thread has a row at least.
   std::uint32_t TileRows() const { return std::max(kRowsOfTile, Threads() / kColumnQuads); }

@@ -163,7 +163,9 @@ class TilePlanner {
         (router.required_subgroup_size != 0 ? CoopmatStagedBytes() : kPortableStagedBytes);
     for (const std::uint32_t words : {1024u, 2048u, 4096u}) {
       if (words < Notes()) continue;
-      return used + 4 * words <= builder_.traits().max_shared_memory ? words : 1;
+      // The key tiles that are looked into lie there, too.
+      const std::uint32_t bytes = used + 4 * words + 4 * words / 8;
+      return bytes <= builder_.traits().max_shared_memory ? words : 1;
     }
     return 1;
   }
@@ -217,14 +219,19 @@ class TilePlanner {
   void AddLists() {
     builder_.AddBarrier();
     Add("plan_levels", kVisibilityFeatures | FEATURE_PREVIOUS_LEVELS, Tiles());
-    const std::uint64_t key_tiles =
-        std::uint64_t{KeyListTiles(params_)} * params_.kv_heads * params_.batch_count;
     builder_.AddBarrier();
     Add("plan_list_starts", 0, std::uint64_t{Lists()} * params_.batch_count);
-    Add("plan_key_lists", 0, key_tiles).specialization.push_back(kCount);
+    AddKeyLists(kCount);
     builder_.AddBarrier();
     Add("plan_lists", kVisibilityFeatures, Tiles());
-    Add("plan_key_lists", 0, key_tiles).specialization.push_back(kList);
+    AddKeyLists(kList);
+  }
+
+  void AddKeyLists(KeyListStage stage) {
+    if (!builder_.Has(FEATURE_MAKES_KEY_LISTS)) return;
+    const std::uint64_t tiles =
+        std::uint64_t{KeyListTiles(params_)} * params_.kv_heads * params_.batch_count;
+    Add("plan_key_lists", 0, tiles).specialization.push_back(stage);
   }
 
   PlanBuilder& builder_;

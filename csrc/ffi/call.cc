@@ -33,9 +33,9 @@ struct PassSlots {
 constexpr std::uint64_t kQkv = Bit(OPERAND_Q) | Bit(OPERAND_K) | Bit(OPERAND_V);
 constexpr std::uint64_t kLengthsAndSegments = Bit(OPERAND_Q_LENGTHS) | Bit(OPERAND_KV_LENGTHS) |
                                               Bit(OPERAND_Q_SEGMENTS) | Bit(OPERAND_KV_SEGMENTS);
+constexpr std::uint64_t kKeyLists = Bit(OPERAND_KEY_LIST_HEADERS) | Bit(OPERAND_KEY_LIST_ENTRIES);
 constexpr std::uint64_t kLevelsAndLists =
-    Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) |
-    Bit(OPERAND_KEY_LIST_HEADERS) | Bit(OPERAND_KEY_LIST_ENTRIES);
+    Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS) | Bit(OPERAND_LIST_ENTRIES) | kKeyLists;
 constexpr std::uint64_t kCoarseRows = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V);
 constexpr std::uint64_t kMeans = kCoarseRows | Bit(OPERAND_LEVEL_BIAS);
 
@@ -44,13 +44,15 @@ PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
   if (!(attributes.results & Bit(OPERAND_LEVELS))) {
     return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
   }
+  // Transposed lists may be left out, both.
+  const std::uint64_t lists =
+      attributes.results & kKeyLists ? kLevelsAndLists : kLevelsAndLists & ~kKeyLists;
   if (attributes.operands & Bit(OPERAND_SPARE_ROWS)) {
     return {kQkv | Bit(OPERAND_SPARE_ROWS), kLengthsAndSegments | Bit(OPERAND_PRICES),
-            kLevelsAndLists | Bit(OPERAND_LAMBDA), 0};
+            lists | Bit(OPERAND_LAMBDA), 0};
   }
   return {kQkv | Bit(OPERAND_LAMBDA),
-          kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), kLevelsAndLists,
-          0};
+          kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), lists, 0};
 }
 
 PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
@@ -232,7 +234,8 @@ class CallBuilder {
     }
     if (Has(OPERAND_LEVELS)) {
       SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile,
-                   trailing(OPERAND_LIST_ENTRIES, 1), trailing(OPERAND_KEY_LIST_ENTRIES, 1));
+                   trailing(OPERAND_LIST_ENTRIES, 1),
+                   Has(OPERAND_KEY_LIST_ENTRIES) ? trailing(OPERAND_KEY_LIST_ENTRIES, 1) : 0);
     } else if (problem().pass == Pass::kPlan) {
       SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile, 0, 0);
     }
@@ -395,6 +398,7 @@ class CallBuilder {
     SetFeature(FEATURE_SPARE_ROWS, Has(OPERAND_SPARE_ROWS));
     SetFeature(FEATURE_PREVIOUS_LEVELS, Has(OPERAND_PREVIOUS_LEVELS));
     SetFeature(FEATURE_MAKES_LISTS, Has(OPERAND_LEVELS));
+    SetFeature(FEATURE_MAKES_KEY_LISTS, Has(OPERAND_KEY_LIST_HEADERS));
   }
 
   const CallAttributes& attributes_;

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad
+from jax.interpreters import ad, partial_eval
 
 from jax_aat import corrected, router
 from jax_aat.adaptation import Adaptation, grid_of
@@ -21,7 +21,16 @@ from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
 from jax_aat.primitives.forward import NAMES
 from jax_aat.primitives.partition import devices_marker
-from jax_aat.problem import TANGENT_OF, Operands, Options, Slot, by_slot, extents, over_batch
+from jax_aat.problem import (
+    KEY_LISTS,
+    TANGENT_OF,
+    Operands,
+    Options,
+    Slot,
+    by_slot,
+    extents,
+    over_batch,
+)
 
 LISTS = (
     Slot.LEVELS,
@@ -212,6 +221,25 @@ def _forward_jvp(
         derivatives |= dict(zip(_ATTENTION, terms, strict=True))
     return list(results.values()), list(derivatives.values())
 
+
+def _without_key_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+    """Dead code: transposed lists, which take a tenth of planning, serve backward passes alone."""
+    if not any(used):
+        return [False] * len(equation.invars), None
+    results = equation.params["results"]
+    wanted = any(is_used for slot, is_used in zip(results, used, strict=True) if slot in KEY_LISTS)
+    if not wanted:
+        kept = [slot not in KEY_LISTS for slot in results]
+        equation = equation.replace(
+            outvars=[var for var, keep in zip(equation.outvars, kept, strict=True) if keep],
+            params=equation.params
+            | {"results": tuple(slot for slot in results if slot not in KEY_LISTS)},
+        )
+    return [True] * len(equation.invars), equation
+
+
+for _primitive in (rules.planned_forward_p, rules.plan_p):
+    partial_eval.dce_rules[_primitive] = _without_key_lists
 
 rules.register_abstract_eval(rules.planned_forward_p, _result_types)
 rules.register_lowering(rules.planned_forward_p, _planned, _result_types, "jax_aat_forward")

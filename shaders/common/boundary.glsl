@@ -16,6 +16,21 @@ ivec2 segment_range(uint index) {
   return ivec2(Pairs(view_of(OPERAND_SEGMENT_RANGES, 0, 2).base).pair[index]);
 }
 
+// The granules that a tile may see any of, as far as segments do not decide: from the first to before
+// the second. After `set_visibility`.
+uvec2 seen_granules(uint tile) {
+  uint first = tile * PARAMS.plan_positions;
+  uint last = min(first + PARAMS.plan_positions, query_limit) - 1;
+  uint first_key = 0, end_key = first < query_limit ? key_limit : 0;
+  if (has(FEATURE_CAUSAL)) end_key = min(end_key, last + 1);
+  if (has(FEATURE_WINDOW)) {
+    if (call.window_left >= 0) first_key = first - min(first, uint(call.window_left));
+    if (call.window_right >= 0) end_key = min(end_key, last + uint(call.window_right) + 1);
+  }
+  uint end = divide_up(end_key, GRANULE_ROWS);
+  return uvec2(min(first_key / GRANULE_ROWS, end), end);
+}
+
 // Of a tile and a granule that exist, after `set_visibility`.
 Boundary boundary_of(uint tile, uint granule) {
   uint super_tile = granule / SUPER_TILE_GRANULES;
@@ -57,4 +72,11 @@ Boundary boundary_of(uint tile, uint granule) {
   found.super_whole = found.super_whole && found.whole;
   found.full = found.full && found.whole;
   return found;
+}
+
+// Whether every row of a tile sees every key of these granules of a key tile. Where the tile sees
+// their super-tile, which is nearly always, the first tells of all; keys past the length are none of
+// it.
+bool is_all_seen(uint tile, uint first, uint end) {
+  return end * GRANULE_ROWS <= key_limit && boundary_of(tile, first).super_whole;
 }

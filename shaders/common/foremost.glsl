@@ -20,16 +20,14 @@ void put_key_tile(uint key_tile, uint sub, float logit, float variance) {
   SharedFloats(uvec2(slab.key_tile_mass)).value[key_tile * (4 * SUB_QUADS) + sub] = mass;
 }
 
-void load_key_tile(uint key_tile, out vec4 mass[SUB_QUADS]) {
-  [[unroll]] for (uint i = 0; i < SUB_QUADS; ++i) {
-    mass[i] = slab.key_tile_mass.vector[key_tile * SUB_QUADS + i];
+// Masses of a thread's next key tiles; past the last one its masses again.
+void load_key_tiles_ahead(uint first, uint end, out vec4 mass[AT_ONCE][SUB_QUADS]) {
+  [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+    uint key_tile = min(first + j * THREADS, end - 1);
+    [[unroll]] for (uint i = 0; i < SUB_QUADS; ++i) {
+      mass[j][i] = slab.key_tile_mass.vector[key_tile * SUB_QUADS + i];
+    }
   }
-}
-
-// Whether every row sees every key of these granules of a key tile. Where the tile sees their
-// super-tile, which is nearly always, the first tells of all; keys past the length are none of it.
-bool is_all_seen(Tile tile, uint first, uint end) {
-  return end * GRANULE_ROWS <= key_limit && boundary_of(tile.number, first).super_whole;
 }
 
 // What is noted of a key tile at first; with the importance of one that the boundary cuts. Counts the
@@ -37,7 +35,7 @@ bool is_all_seen(Tile tile, uint first, uint end) {
 uint key_tile_note(Tile tile, uint key_tile, inout uint seen) {
   uint first = max(key_tile * KEY_TILE_GRANULES, tile.first);
   uint end = min((key_tile + 1) * KEY_TILE_GRANULES, tile.end);
-  if (is_all_seen(tile, first, end)) {
+  if (is_all_seen(tile.number, first, end)) {
     seen += end - first;
     return MARK_SEEN;
   }
@@ -56,15 +54,21 @@ uvec2 weigh_key_tiles(Tile tile, uint first, uint end) {
   uvec2 seen = uvec2(0);
   LogSum total[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) total[sub] = LogSum(-INFINITY, 0.0);
-  for (uint i = first + gl_LocalInvocationID.x; i < end; i += THREADS) {
-    uint note = key_tile_note(tile, i, seen.y);
-    set_note(i, note);
-    slab.is_looked_into.value[i] = 0;
-    if (!is_seen(note)) continue;
-    ++seen.x;
-    vec4 mass[SUB_QUADS];
-    load_key_tile(i, mass);
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) add_term(total[sub], mass[sub / 4][sub % 4]);
+  for (uint next = first + gl_LocalInvocationID.x; next < end; next += THREADS * AT_ONCE) {
+    vec4 mass[AT_ONCE][SUB_QUADS];
+    load_key_tiles_ahead(next, end, mass);
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      uint i = next + j * THREADS;
+      if (i >= end) break;
+      uint note = key_tile_note(tile, i, seen.y);
+      set_note(i, note);
+      slab.is_looked_into.value[i] = 0;
+      if (!is_seen(note)) continue;
+      ++seen.x;
+      [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+        add_term(total[sub], mass[j][sub / 4][sub % 4]);
+      }
+    }
   }
   join_log_sums(total);
   return uvec2(count_all(seen.x), count_all(seen.y));
@@ -78,12 +82,15 @@ uint look_into_foremost(inout Tile tile) {
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) sub_outside[sub] = -INFINITY;
   barrier();
   uvec2 seen = weigh_key_tiles(tile, first, end);
-  for (uint i = first + gl_LocalInvocationID.x; i < end; i += THREADS) {
-    uint note = note_of(i);
-    if (note != MARK_SEEN) continue;
-    vec4 mass[SUB_QUADS];
-    load_key_tile(i, mass);
-    set_note(i, with_importance(note, importance_of(mass)));
+  for (uint next = first + gl_LocalInvocationID.x; next < end; next += THREADS * AT_ONCE) {
+    vec4 mass[AT_ONCE][SUB_QUADS];
+    load_key_tiles_ahead(next, end, mass);
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      uint i = next + j * THREADS;
+      if (i >= end) break;
+      uint note = note_of(i);
+      if (note == MARK_SEEN) set_note(i, with_importance(note, importance_of(mass[j])));
+    }
   }
   sync_slab();
   uint n = min(PARAMS.judged_key_tiles, seen.x);
@@ -91,13 +98,24 @@ uint look_into_foremost(inout Tile tile) {
   sync_slab();
   LogSum outside[SUBS];
   [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) outside[sub] = LogSum(-INFINITY, 0.0);
-  for (uint i = first + gl_LocalInvocationID.x; i < end; i += THREADS) {
-    uint note = note_of(i);
-    if (is_chosen(note)) slab.is_looked_into.value[i] = 1;
-    if (is_chosen(note) || !is_seen(note)) continue;
-    vec4 mass[SUB_QUADS];
-    load_key_tile(i, mass);
-    [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) add_term(outside[sub], mass[sub / 4][sub % 4]);
+  for (uint next = first + gl_LocalInvocationID.x; next < end; next += THREADS * AT_ONCE) {
+    vec4 mass[AT_ONCE][SUB_QUADS];
+    load_key_tiles_ahead(next, end, mass);
+    [[unroll]] for (uint j = 0; j < AT_ONCE; ++j) {
+      uint i = next + j * THREADS;
+      if (i >= end) break;
+      uint note = note_of(i);
+      if (is_chosen(note)) slab.is_looked_into.value[i] = 1;
+      if (is_chosen(note) || !is_seen(note)) continue;
+      [[unroll]] for (uint sub = 0; sub < SUBS; ++sub) {
+        add_term(outside[sub], mass[j][sub / 4][sub % 4]);
+      }
+    }
+  }
+  if (SHARED_NOTES != 1) {
+    for (uint i = gl_LocalInvocationID.x; i < n; i += THREADS) {
+      shared_looked_into[i] = slab.looked_into.value[i];
+    }
   }
   join_log_sums(outside);
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
@@ -132,7 +150,7 @@ void write_others(Tile tile, uvec2 prices, bool kept) {
     bool looks = may_see && slab.is_looked_into.value[i] != 0;
     uint first = i * KEY_TILE_GRANULES;
     Boundary boundary = boundary_of(tile.number, first);
-    bool alike = !may_see || is_all_seen(tile, first, first + KEY_TILE_GRANULES);
+    bool alike = !may_see || is_all_seen(tile.number, first, first + KEY_TILE_GRANULES);
     for (uint j = 0; j < KEY_TILE_GRANULES; ++j) {
       uint granule = first + j;
       if (granule >= granule_count()) break;
@@ -149,7 +167,7 @@ void write_others(Tile tile, uvec2 prices, bool kept) {
 void count_others(Tile tile, uvec2 prices, bool kept) {
   uint priced = tile.end_place / KEY_TILE_GRANULES;
   for (uint i = gl_LocalInvocationID.x; i < PARAMS.priced_key_tiles; i += THREADS) {
-    Words(prices).word[i] = i < priced ? slab.looked_into.value[i] : NO_KEY_TILE;
+    Words(prices).word[i] = i < priced ? looked_into(i) : NO_KEY_TILE;
   }
   for (uint i = tile.end_place + gl_LocalInvocationID.x; i < price_count(); i += THREADS) {
     Words(prices).word[first_price() + i] = 0;
@@ -160,7 +178,7 @@ void count_others(Tile tile, uvec2 prices, bool kept) {
     if (slab.is_looked_into.value[i] != 0) continue;
     uint first = max(i * KEY_TILE_GRANULES, tile.first);
     uint last = min((i + 1) * KEY_TILE_GRANULES, tile.end) - 1;
-    bool alike = is_all_seen(tile, first, last + 1);
+    bool alike = is_all_seen(tile.number, first, last + 1);
     uint each = alike ? last + 1 - first : 1;
     for (uint granule = first; granule <= last; granule += each) {
       Boundary boundary = boundary_of(tile.number, granule);

@@ -3,13 +3,13 @@
 #include "common/sub_queries.glsl"
 
 // All are read by other threads than have written them.
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedQuads {
+layout(buffer_reference, std430, buffer_reference_align = 16) SHARED_BY buffer SharedQuads {
   uvec4 quad[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer SharedFloats {
+layout(buffer_reference, std430, buffer_reference_align = 4) SHARED_BY buffer SharedFloats {
   float value[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 4) coherent buffer SharedWords {
+layout(buffer_reference, std430, buffer_reference_align = 4) SHARED_BY buffer SharedWords {
   uint value[];
 };
 
@@ -70,8 +70,14 @@ Slab slab_of(uint workgroup) {
 
 // Makes what threads have written to the slab visible to the others.
 void sync_slab() {
+#if HALF_PRODUCTS
+  controlBarrier(gl_ScopeWorkgroup, gl_ScopeWorkgroup,
+                 gl_StorageSemanticsBuffer | gl_StorageSemanticsShared,
+                 gl_SemanticsAcquireRelease | gl_SemanticsMakeAvailable | gl_SemanticsMakeVisible);
+#else
   memoryBarrierBuffer();
   barrier();
+#endif
 }
 
 // Variances only weigh errors, so they are rounded to halves: the largest is below 8.

@@ -10,10 +10,14 @@ layout(buffer_reference, std430, buffer_reference_align = 16) buffer Vectors { v
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantVectors {
   vec4 vector[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 16) coherent buffer SharedVectors {
+// What others read than have written it; a kernel may say that these are of the same workgroup.
+#ifndef SHARED_BY
+#define SHARED_BY coherent
+#endif
+layout(buffer_reference, std430, buffer_reference_align = 16) SHARED_BY buffer SharedVectors {
   vec4 vector[];
 };
-layout(buffer_reference, std430, buffer_reference_align = 8) coherent buffer SharedPairs {
+layout(buffer_reference, std430, buffer_reference_align = 8) SHARED_BY buffer SharedPairs {
   uvec2 pair[];
 };
 

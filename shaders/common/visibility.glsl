@@ -8,19 +8,25 @@
 // The masking operands of the batch entry at work; heads count from the `head` given to
 // `set_visibility`.
 View mask_view, query_segments_view, key_segments_view;
-uint query_limit, key_limit;  // rows and keys from here on are hidden
+// Rows and keys from here on are hidden. A kernel may define LIMITS_IN_MEMORY; it then waits for all
+// of its threads before it asks for them.
+#ifdef LIMITS_IN_MEMORY
+shared
+#endif
+uint query_limit, key_limit;
 
 void set_visibility(uint head) {
-  query_limit = call.queries;
-  key_limit = call.keys;
+  uint rows = call.queries, keys = call.keys;
   if (has(FEATURE_Q_LENGTHS)) {
     int length = int(load_word(view_of(OPERAND_Q_LENGTHS, 0, 2).base, 0));
-    query_limit = min(query_limit, uint(max(length, 0)));
+    rows = min(rows, uint(max(length, 0)));
   }
   if (has(FEATURE_KV_LENGTHS)) {
     int length = int(load_word(view_of(OPERAND_KV_LENGTHS, 0, 2).base, 0));
-    key_limit = min(key_limit, uint(max(length, 0)));
+    keys = min(keys, uint(max(length, 0)));
   }
+  query_limit = rows;
+  key_limit = keys;
   if (has(FEATURE_SEGMENTS)) {
     query_segments_view = view_of(OPERAND_Q_SEGMENTS, 0, 2);
     key_segments_view = view_of(OPERAND_KV_SEGMENTS, 0, 2);

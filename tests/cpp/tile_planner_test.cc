@@ -18,6 +18,7 @@ AttentionProblem RandomPlanning(Random& random) {
   problem.features &= FEATURE_CAUSAL | FEATURE_WINDOW | FEATURE_Q_LENGTHS | FEATURE_KV_LENGTHS |
                       FEATURE_SEGMENTS | FEATURE_SOFT_CAP;
   problem.features |= FEATURE_PLAN | FEATURE_MAKES_LISTS | FEATURE_PRICES;
+  if (Chance(random)) problem.features |= FEATURE_MAKES_KEY_LISTS;
   if (Chance(random)) {
     problem.features |= FEATURE_SPARE_ROWS;
   } else if (Chance(random)) {
@@ -57,9 +58,10 @@ std::vector<Expected> ExpectedPlanning(const AttentionProblem& problem, std::uin
   }
   expected.push_back({"plan_levels.f32", tiles * batch, !expected.empty()});
   expected.push_back({"plan_list_starts.f32", heads * batch, true});
-  expected.push_back({"plan_key_lists.f32", key_lists, false});
+  const bool transposed = problem.features & FEATURE_MAKES_KEY_LISTS;
+  if (transposed) expected.push_back({"plan_key_lists.f32", key_lists, false});
   expected.push_back({"plan_lists.f32", tiles * batch, true});
-  expected.push_back({"plan_key_lists.f32", key_lists, false});
+  if (transposed) expected.push_back({"plan_key_lists.f32", key_lists, false});
   return expected;
 }
 
