@@ -3,7 +3,7 @@
 It holds lambda, the price of a row, for every list (the query heads that share tiles), the levels
 of the last call and a moving average of the audits. With a tolerance the audits steer lambda:
 
-    d log(lambda) / dt = eta log(tolerance / audited error)
+    d log(lambda) / dt = eta log(0.9 tolerance / audited error)
 """
 
 import dataclasses
@@ -25,13 +25,16 @@ from jax_aat.pytrees import exportable
 LEAST, MOST = 1e-12, 10.0
 """Lambda is kept between these: nearly everything is exact at one, nothing that may not at the
 other."""
+AIM = 0.9
+"""Share of the tolerance that audited errors are steered to. They vary from call to call, and their
+mean lies above what steering their logarithm gives."""
 GAIN = 0.3
 """eta, once the controller has settled."""
 FIRST_GAIN_DOWN, FIRST_GAIN_UP = 12.0, 2.0
 """eta in the first step; in step n it is an n-th of that, and not below `GAIN`. An error that is
 too large is to go at once, one that is too small may take its time."""
 LARGEST_RATIO = 4.0
-"""Bound of |log(tolerance / audited error)|."""
+"""Bound of |log(0.9 tolerance / audited error)|."""
 MEMORY = 0.15
 """Weight of a new audit in the moving average."""
 REST = 50
@@ -180,7 +183,7 @@ class ResolutionState:
 
     def _steered(self, audit: Audit, spent: jax.Array, tolerance: float) -> "ResolutionState":
         error = jnp.maximum(audit.relative_error, jnp.finfo(jnp.float32).tiny)
-        ratio = jnp.clip(jnp.log(tolerance / error), -LARGEST_RATIO, LARGEST_RATIO)
+        ratio = jnp.clip(jnp.log(AIM * tolerance / error), -LARGEST_RATIO, LARGEST_RATIO)
         first = jnp.where(ratio < 0, FIRST_GAIN_DOWN, FIRST_GAIN_UP)
         gain = jnp.maximum(GAIN, first / self.step.astype(jnp.float32))
         moved = jnp.clip(self.log_lambda + gain * ratio, jnp.log(LEAST), jnp.log(MOST))

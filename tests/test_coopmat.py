@@ -159,7 +159,7 @@ def test_plans(query_tile, head_dim, rng):
         assert relative_error(x, reference) <= tolerance
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64])
 def test_correction(head_dim, rng):
     """Values that go along with their keys: a third of what their means lack is given back."""
     require_matrices("bfloat16")

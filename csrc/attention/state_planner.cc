@@ -143,23 +143,17 @@ class StatePlanner {
     AddByDtype(shape, features, DivideUp(rows, shape.tile_rows) * Parts() * Heads());
   }
 
-  // On cooperative matrices where the kernel of attention runs on them and shared memory has room
-  // for Cov(v, k) beside 16 rows a subgroup.
+  // On cooperative matrices where the kernel of attention runs on them, which needs twice the
+  // shared memory; wider heads have not been measured.
   KernelShape CorrectionShape() const {
     const AttentionProblem& problem = builder_.problem();
-    const DeviceTraits& traits = builder_.traits();
-    const bool narrow = params_.head_dim <= 64;
-    KernelShape shape = {"state_correction_coopmat", narrow ? 128u : 64u, narrow ? 256u : 128u,
-                         kGranuleRows};
-    shape.required_subgroup_size = 32;
-    const std::uint64_t columns = DivideUp(params_.head_dim, 16) * 16;
-    const std::uint64_t shared =
-        (columns + shape.threads / 2) * (2 * columns + 16) + 4 * shape.tile_rows + 8 * Quads();
-    if (problem.dtype == DTYPE_BF16 && shared <= traits.max_shared_memory &&
-        !CoopmatShapes(Kernel::kForward, problem, traits).empty()) {
-      return shape;
+    KernelShape shape = Shape("state_correction", TileRows());
+    if (problem.dtype == DTYPE_BF16 && params_.head_dim <= 64 &&
+        !CoopmatShapes(Kernel::kForward, problem, builder_.traits()).empty()) {
+      shape = {"state_correction_coopmat", 128, 256, kGranuleRows};
+      shape.required_subgroup_size = 32;
     }
-    return Shape("state_correction", TileRows());
+    return shape;
   }
   // So that a thread has a row at least.
   std::uint32_t TileRows() const { return std::max(kRowsOfTile, Threads() / kColumnQuads); }
