@@ -1,9 +1,10 @@
 """What reaches beyond the API that every supported JAX shares."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def varying_axes(values: Iterable[Any]) -> frozenset[Any]:
@@ -24,6 +25,18 @@ def result_aval(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """Abstract value of a primitive's result that varies over the mesh axes that `like` does."""
     sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def register_dead_code(primitive: Any, rule: Callable[[list[bool], Any], Any]) -> None:
+    """Registers what of an equation is left where only some of its results are used.
+
+    Args:
+      primitive: That of the equation.
+      rule: (which results are used, equation) -> which operands are used, the equation that is
+        left or None.
+    """
+    # From 0.12 on JAX also says which references live.
+    partial_eval.dce_rules[primitive] = lambda used, *others: rule(used, others[-1])
 
 
 def in_auto_mesh(function: Any, operands: Any, out_specs: Any) -> Any:

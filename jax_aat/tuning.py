@@ -32,7 +32,7 @@ GAIN = 0.03
 """Share of the time that a shape must save to replace the first one: less may be noise."""
 WINS = 6
 """Rounds in which it must be faster."""
-MIN_LENGTH = 64
+MIN_LENGTH = 128
 """From here on a call has room for every shape."""
 
 _HEADS = 8

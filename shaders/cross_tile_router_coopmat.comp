@@ -3,8 +3,8 @@
 // sub-queries by 16 rows of keys a subgroup, means and variances apart. Queries stay in registers,
 // rows of keys pass through shared memory.
 #define HALF_PRODUCTS 1
-// Nobody but the workgroup reads its slab: not having to go past the first cache saves 7% (an H200).
-#define SHARED_BY workgroupcoherent
+// What is known to be nobody else's need not go past the first cache.
+#define SHARED_IN_WORKGROUP
 #include "common/coopmat_types.glsl"
 #include "common/router.glsl"
 

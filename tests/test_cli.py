@@ -106,7 +106,7 @@ def test_help_has_examples_and_exit_codes(command, capsys) -> None:
         (["bench", "--budget", "1.5"], "--budget: got 1.5, expected a fraction of at most 1"),
         (["bench", "--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
         (["tune", "--head-dim", "64", "257"], "--head-dim: got 257, expected at most 256"),
-        (["tune", "--length", "63"], "--length: got 63, expected at least 64"),
+        (["tune", "--length", "127"], "--length: got 127, expected at least 128"),
         (["tune", "--reset", "--dry-run"], "--dry-run: not allowed with argument --reset"),
     ],
 )

@@ -153,6 +153,8 @@ def threshold(**options) -> Adaptation:
         {"queries": 5, "keys": 17, "causal": True},
         {"queries": 3000, "keys": 33},
         {"queries": 40, "keys": 5000, "heads": 1, "kv_heads": 1},
+        # More than a workgroup of plan_levels makes at once.
+        {"queries": 20, "keys": 131_400, "heads": 1, "kv_heads": 1, "batch": 1},
         {"dtype": "bfloat16"},
         {"prices": "corrupted"},
         {"prices": "corrupted", "causal": True, "window": (500, -1), "lengths": True},

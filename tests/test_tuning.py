@@ -239,7 +239,7 @@ def test_only_what_is_clearly_faster_replaces_the_first():
     assert tuning.choose([first, [9.0] * 5 + [11.0] * 2]) == 0  # too often slower
 
 
-ARGUMENTS = ["tune", "--dtype", "float32", "--head-dim", "32", "--length", "64"]
+ARGUMENTS = ["tune", "--dtype", "float32", "--head-dim", "32", "--length", "128"]
 
 
 @pytest.fixture

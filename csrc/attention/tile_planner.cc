@@ -161,11 +161,13 @@ class TilePlanner {
     const std::uint32_t used =
         RouterSharedBytes(router.threads) +
         (router.required_subgroup_size != 0 ? CoopmatStagedBytes() : kPortableStagedBytes);
+    // Behind the notes of granules lie the key tiles that a tile looks into.
+    const std::uint64_t wanted =
+        IsForemost() ? std::max<std::uint64_t>(Notes(), Places() + params_.judged_key_tiles)
+                     : Notes();
     for (const std::uint32_t words : {1024u, 2048u, 4096u}) {
-      if (words < Notes()) continue;
-      // The key tiles that are looked into lie there, too.
-      const std::uint32_t bytes = used + 4 * words + 4 * words / 8;
-      return bytes <= builder_.traits().max_shared_memory ? words : 1;
+      if (words < wanted) continue;
+      return used + 4 * words <= builder_.traits().max_shared_memory ? words : 1;
     }
     return 1;
   }

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
-from jax.interpreters import ad, partial_eval
+from jax.interpreters import ad
 
 from jax_aat import corrected, router
+from jax_aat._compat import register_dead_code
 from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_key_tiles
@@ -208,6 +209,9 @@ def _forward_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
 ) -> tuple[list[Any], list[Any]]:
     operands = by_slot(slots, primals)
+    wanted = params["results"]
+    # The derivative needs the lists that may have been dead code before (`_without_key_lists`).
+    params |= {"results": (*wanted, *(slot for slot in LISTS if slot not in wanted))}
     values = rules.bind(rules.planned_forward_p, operands, **params)
     results = dict(zip(params["results"], values, strict=True))
     results |= {slot: checkpoint_name(results[slot], NAMES[slot]) for slot in _ATTENTION}
@@ -219,11 +223,11 @@ def _forward_jvp(
         kept = {name: params[name] for name in ("options", "implementation", "needs_devices")}
         terms = rules.bind(rules.tangent_p, known | along, **kept)
         derivatives |= dict(zip(_ATTENTION, terms, strict=True))
-    return list(results.values()), list(derivatives.values())
+    return [results[slot] for slot in wanted], [derivatives[slot] for slot in wanted]
 
 
 def _without_key_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
-    """Dead code: transposed lists, which take a tenth of planning, serve backward passes alone."""
+    """Dead code: transposed lists serve backward passes alone, and take long to make."""
     if not any(used):
         return [False] * len(equation.invars), None
     results = equation.params["results"]
@@ -239,7 +243,7 @@ def _without_key_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any
 
 
 for _primitive in (rules.planned_forward_p, rules.plan_p):
-    partial_eval.dce_rules[_primitive] = _without_key_lists
+    register_dead_code(_primitive, _without_key_lists)
 
 rules.register_abstract_eval(rules.planned_forward_p, _result_types)
 rules.register_lowering(rules.planned_forward_p, _planned, _result_types, "jax_aat_forward")

@@ -61,11 +61,9 @@ void score_granules(Tile tile);
 // Stage 2: the mass of n candidates by finer sub-queries and parts of granules, into slab.fine.
 void score_candidates(Tile tile, uint n);
 
-// The key tiles that the tile looks into, where notes lie in shared memory, too.
-shared uint shared_looked_into[FOREMOST != 0 ? (SHARED_NOTES + 7) / 8 : 1];
-
+// A key tile that the tile looks into. Shared memory has them behind the notes of granules.
 uint looked_into(uint i) {
-  if (SHARED_NOTES != 1) return shared_looked_into[i];
+  if (SHARED_NOTES != 1) return shared_notes[SHARED_NOTES - 1 - i];
   return slab.looked_into.value[i];
 }
 
@@ -130,8 +128,7 @@ float importance_of(vec4 mass[SUB_QUADS]) {
 }
 
 // Places whose masses a thread reads before it uses the first: reads wait long for each other. With
-// more at once the code outgrows the caches of instructions (4 instead of 2: 2.85 and 2.64 ms on an
-// H200).
+// more at once the code outgrows the caches of instructions (docs/kernels.md, "The router").
 const uint AT_ONCE = SUB_QUADS <= 2 ? 2 : 1;
 
 // Those of a thread's next places; past the last one its masses again.

@@ -70,7 +70,7 @@ Slab slab_of(uint workgroup) {
 
 // Makes what threads have written to the slab visible to the others.
 void sync_slab() {
-#if HALF_PRODUCTS
+#ifdef SHARED_IN_WORKGROUP
   controlBarrier(gl_ScopeWorkgroup, gl_ScopeWorkgroup,
                  gl_StorageSemanticsBuffer | gl_StorageSemanticsShared,
                  gl_SemanticsAcquireRelease | gl_SemanticsMakeAvailable | gl_SemanticsMakeVisible);

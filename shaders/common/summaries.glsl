@@ -10,8 +10,11 @@ layout(buffer_reference, std430, buffer_reference_align = 16) buffer Vectors { v
 layout(buffer_reference, std430, buffer_reference_align = 16) readonly buffer ConstantVectors {
   vec4 vector[];
 };
-// What others read than have written it; a kernel may say that these are of the same workgroup.
-#ifndef SHARED_BY
+// What others read than have written it; a kernel may define SHARED_IN_WORKGROUP: those of the same
+// workgroup alone.
+#ifdef SHARED_IN_WORKGROUP
+#define SHARED_BY workgroupcoherent
+#else
 #define SHARED_BY coherent
 #endif
 layout(buffer_reference, std430, buffer_reference_align = 16) SHARED_BY buffer SharedVectors {

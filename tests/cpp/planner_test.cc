@@ -402,6 +402,8 @@ int main() {
   jax_aat::FuzzMeans();
   jax_aat::TestShapes();
   jax_aat::TestParts();
+  jax_aat::TestSharedNotes();
+  jax_aat::TestCorrection();
   jax_aat::Refusals();
   return 0;
 }

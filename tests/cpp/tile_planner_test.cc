@@ -6,6 +6,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "attention/example_plan.h"
 #include "attention/kernels.h"
 #include "random_problem.h"
 
@@ -160,6 +161,40 @@ void FuzzRouting() {
       EXPECT(std::string(error.what()).find("split") != std::string::npos);
     }
   }
+}
+
+// What the router keeps in shared memory (constant 16), as many as there may be of each.
+void TestSharedNotes() {
+  ExampleCall call = {.pass = "forward", .dtype = "bfloat16"};
+  call.query_heads = 8;
+  call.kv_heads = 2;
+  call.head_dim = 128;
+  call.causal = true;
+  call.query_tile = 128;
+  call.super_tile = 1024;
+  call.level_count = 3;
+  call.candidate_share = 0.25f;
+  DeviceTraits traits;
+  traits.storage_16bit = traits.coopmat_bfloat16 = traits.coopmat_float16 = true;
+  traits.coopmat_layout_known = true;
+  traits.min_subgroup_size = traits.max_subgroup_size = traits.subgroup_size = 32;
+  traits.max_workgroup_invocations = 1024;
+  const auto notes = [&](std::uint32_t keys, std::uint32_t judged, std::uint32_t shared_memory) {
+    call.queries = call.keys = keys;
+    call.judged_key_tiles = judged;
+    traits.max_shared_memory = shared_memory;
+    for (const Dispatch& dispatch : ExamplePlan(call, traits).dispatches) {
+      if (StartsWith(dispatch.shader, "cross_tile_router")) return dispatch.specialization.at(16);
+    }
+    return 0u;
+  };
+  EXPECT(notes(16384, 128, 49152) == 1024);
+  EXPECT(notes(32768, 256, 49152) == 2048);
+  EXPECT(notes(32768, 256, 49151) == 1);
+  // Of 1,024 key tiles some are looked into, whose names need room behind their granules.
+  EXPECT(notes(131072, 64, 49152) == 1024);
+  EXPECT(notes(131072, 128, 49152) == 2048);
+  EXPECT(notes(262144, 128, 49152) == 2048);
 }
 
 void FuzzPlanning() {

@@ -5,8 +5,10 @@
 namespace jax_aat {
 
 AttentionProblem RandomPlanning(Random& random);
+void TestSharedNotes();
 void FuzzPlanning();
 void FuzzRouting();
 void FuzzMeans();
+void TestCorrection();
 
 }  // namespace jax_aat
