@@ -49,6 +49,7 @@ CASES = {
     "bfloat16": ({"queries": 1, "keys": 1300, "dtype": "bfloat16"}, None),
     "float16": ({"queries": 5, "keys": 1301, "heads": 6, "dtype": "float16"}, None),
     "everything": ({"queries": 7, "keys": 2100}, everything),
+    "everything in bfloat16": ({"queries": 7, "keys": 2100, "dtype": "bfloat16"}, everything),
 }
 
 
@@ -66,7 +67,8 @@ def test_results(name, rng):
     tolerance = TOLERANCE[sizes.get("dtype", "float32")][0]
     assert_close(out, expected_out, tolerance)
     assert_close(np.where(seen, lse, 0), np.where(seen, expected_lse, 0), tolerance)
-    np.testing.assert_array_equal(np.asarray(lse)[~seen], np.float32(EMPTY_LOGSUMEXP))
+    empty = np.asarray(max(EMPTY_LOGSUMEXP, float(jnp.finfo(lse.dtype).min)), lse.dtype)
+    np.testing.assert_array_equal(np.asarray(lse)[~seen], empty)
     assert not np.asarray(out, np.float32)[~seen].any()
 
 
