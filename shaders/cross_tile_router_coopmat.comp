@@ -34,11 +34,6 @@ uint fetched_row(uint n) { return (n * 32 + gl_SubgroupInvocationID) / QUADS; }
 uint fetched_column(uint n) { return (n * 32 + gl_SubgroupInvocationID) % QUADS; }
 uint staged_place(uint n) { return staged_start() + fetched_row(n) * PITCH + fetched_column(n); }
 
-void sync_subgroup() {
-  subgroupMemoryBarrierShared();
-  subgroupBarrier();
-}
-
 // Sub-queries are rows too, 16 that stage 1 takes (those past SUBS are not used) and the finer ones.
 void put_sub_query(bool fine, uint sub, uint quad, vec4 mean, vec4 square) {
   uint place = (fine ? 16 + sub : sub) * QUADS;

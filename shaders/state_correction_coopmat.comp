@@ -28,11 +28,6 @@ void stage_matrix(Vectors state, uint seen) {
   }
 }
 
-void sync_subgroup() {
-  subgroupMemoryBarrierShared();
-  subgroupBarrier();
-}
-
 uint first_query_row() { return gl_SubgroupID * 16 * PITCH; }
 
 // The subgroup's 16 rows from `first` on; zeros where there are none.

@@ -161,7 +161,7 @@ def test_plans(query_tile, head_dim, rng):
 
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_correction(head_dim, rng):
-    """Values that go along with their keys: a third of what their means lack is given back."""
+    """Values that go along with their keys, so that the correction is a large part of them."""
     require_matrices("bfloat16")
     q = comparison.normal(rng, 2, 2600, 4, head_dim).astype("bfloat16")
     k = comparison.normal(rng, 2, 2600, 2, head_dim).astype("bfloat16")

@@ -161,13 +161,11 @@ class TilePlanner {
     const std::uint32_t used =
         RouterSharedBytes(router.threads) +
         (router.required_subgroup_size != 0 ? CoopmatStagedBytes() : kPortableStagedBytes);
-    // Behind the notes of granules lie the key tiles that a tile looks into.
-    const std::uint64_t wanted =
-        IsForemost() ? std::max<std::uint64_t>(Notes(), Places() + params_.judged_key_tiles)
-                     : Notes();
     for (const std::uint32_t words : {1024u, 2048u, 4096u}) {
-      if (words < wanted) continue;
-      return used + 4 * words <= builder_.traits().max_shared_memory ? words : 1;
+      if (words < Notes()) continue;
+      // Beside them lie the key tiles that a tile looks into, where these are not all.
+      const std::uint32_t bytes = used + 4 * (words + (IsForemost() ? words / 8 : 0));
+      return bytes <= builder_.traits().max_shared_memory ? words : 1;
     }
     return 1;
   }

@@ -231,13 +231,11 @@ def _without_key_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any
     if not any(used):
         return [False] * len(equation.invars), None
     results = equation.params["results"]
-    wanted = any(is_used for slot, is_used in zip(results, used, strict=True) if slot in KEY_LISTS)
-    if not wanted:
-        kept = [slot not in KEY_LISTS for slot in results]
+    if not any(is_used for slot, is_used in zip(results, used, strict=True) if slot in KEY_LISTS):
+        kept = [i for i, slot in enumerate(results) if slot not in KEY_LISTS]
         equation = equation.replace(
-            outvars=[var for var, keep in zip(equation.outvars, kept, strict=True) if keep],
-            params=equation.params
-            | {"results": tuple(slot for slot in results if slot not in KEY_LISTS)},
+            outvars=[equation.outvars[i] for i in kept],
+            params=equation.params | {"results": tuple(results[i] for i in kept)},
         )
     return [True] * len(equation.invars), equation
 

@@ -42,6 +42,12 @@ uint lane_column(uint c) { return 2 * (gl_SubgroupInvocationID % 4) + (c & 1) + 
 uint element_row(uint i) { return lane_row(i / LANE_COLUMNS); }
 uint element_column(uint i) { return lane_column(i % LANE_COLUMNS); }
 
+// Shows the lanes of a subgroup what others of them wrote to shared memory.
+void sync_subgroup() {
+  subgroupMemoryBarrierShared();
+  subgroupBarrier();
+}
+
 float quad_max(float x) {
   x = max(x, subgroupShuffleXor(x, 1));
   return max(x, subgroupShuffleXor(x, 2));

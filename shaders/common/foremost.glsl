@@ -112,13 +112,12 @@ uint look_into_foremost(inout Tile tile) {
       }
     }
   }
-  join_log_sums(outside);
-  // Nobody asks for notes of key tiles any more.
   if (SHARED_NOTES != 1) {
     for (uint i = gl_LocalInvocationID.x; i < n; i += THREADS) {
-      shared_notes[SHARED_NOTES - 1 - i] = slab.looked_into.value[i];
+      shared_looked_into[i] = slab.looked_into.value[i];
     }
   }
+  join_log_sums(outside);
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) {
     sub_outside[sub] = sub_log_sum[sub];
   }

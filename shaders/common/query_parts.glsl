@@ -21,7 +21,7 @@ WorkList part_of(WorkList list, uint part) {
   uint end_coarse = min(blocks_before(coarse_blocks, part + 1) * BLOCK_ROWS, list.coarse_rows);
   return WorkList(list.entries, list.first_entry + first * BLOCK_GRANULES,
                   clamp(list.full_blocks, first, end) - first, end - first,
-                  list.first_coarse_entry + first_coarse, max(end_coarse, first_coarse) - first_coarse);
+                  list.first_coarse_entry + first_coarse, end_coarse - first_coarse);
 }
 
 // Of a row of the batch entry at work.

@@ -61,9 +61,11 @@ void score_granules(Tile tile);
 // Stage 2: the mass of n candidates by finer sub-queries and parts of granules, into slab.fine.
 void score_candidates(Tile tile, uint n);
 
-// A key tile that the tile looks into. Shared memory has them behind the notes of granules.
+// The key tiles that the tile looks into, where notes lie in shared memory, too.
+shared uint shared_looked_into[FOREMOST != 0 ? (SHARED_NOTES + 7) / 8 : 1];
+
 uint looked_into(uint i) {
-  if (SHARED_NOTES != 1) return shared_notes[SHARED_NOTES - 1 - i];
+  if (SHARED_NOTES != 1) return shared_looked_into[i];
   return slab.looked_into.value[i];
 }
 
