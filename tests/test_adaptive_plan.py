@@ -243,7 +243,8 @@ def test_derivatives_of_a_frozen_plan(rng):
 
         direction = tuple(normal(rng, *x.shape, dtype="float64") for x in (q, k, v))
         moved = lambda h: loss(*(x + h * d for x, d in zip((q, k, v), direction, strict=True)))  # noqa: E731
-        expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        # So short that it hardly ever meets the bound of a level bias, where the slope changes.
+        expected = (moved(1e-7) - moved(-1e-7)) / 2e-7
         gradient = jax.grad(loss, (0, 1, 2))(q, k, v)
         along = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True))
         np.testing.assert_allclose(along, expected, rtol=1e-6)
