@@ -1,10 +1,6 @@
 #version 460
 // Levels of the granules of each query tile by their prices, and how many granules and coarse rows
 // the tile's list will hold. A workgroup makes the levels of one tile.
-//
-// With previous levels and no causality, lengths or segments NVIDIA's compiler (driver 580.159.04, an
-// H200) made 0 of the query and key limits that it kept in registers, which hid everything.
-#define LIMITS_IN_MEMORY
 #include "common/plan_tile.glsl"
 #include "common/prices.glsl"
 
@@ -38,27 +34,21 @@ uint level_at(uint prices, uint price) {
   return PARAMS.level_count == 3 && (prices & 0xffffu) < price ? LEVEL_SUPER_MEAN : LEVEL_MEAN;
 }
 
-// The nearest finer level that the boundary allows.
-uint allowed_level(uint level, Boundary bounds) {
-  if (!bounds.seen) return LEVEL_HIDDEN;
-  if (!bounds.whole) return LEVEL_EXACT;
-  return level == LEVEL_SUPER_MEAN && !bounds.super_whole ? LEVEL_MEAN : level;
+// What the previous levels of a word make of the level that is wanted of all its granules: fields.
+uint with_hysteresis(uint before, uint pair, uint level) {
+  uint finer = level_at(pair, lower_price), coarser = level_at(pair, higher_price);
+  uint levels = fields_at(before, LEVEL_HIDDEN) * level;
+  for (uint kept = LEVEL_EXACT; kept <= LEVEL_SUPER_MEAN; ++kept) {
+    levels |= fields_at(before, kept) * clamp(kept, min(finer, coarser), max(finer, coarser));
+  }
+  return levels;
 }
 
-// Of a granule, or of none, by both its prices; it is counted.
-uint chosen_level(uint granule, uint pair) {
-  if (granule >= granule_count()) return LEVEL_HIDDEN;
+// Of a granule that exists, by both its prices, whatever the boundary allows.
+uint wanted_level(uint granule, uint pair) {
   uint level = level_at(pair, price);
-  if (has(FEATURE_PREVIOUS_LEVELS)) {
-    uint before = granule_level(previous, granule);
-    uint finer = level_at(pair, lower_price), coarser = level_at(pair, higher_price);
-    if (before != LEVEL_HIDDEN) level = clamp(before, min(finer, coarser), max(finer, coarser));
-  }
-  Boundary bounds = boundary_of(tile, granule);
-  level = allowed_level(level, bounds);
-  if (level == LEVEL_EXACT) own += uvec3(bounds.full ? 1 : 0, 1, 0);
-  if (level == LEVEL_MEAN) ++own.z;
-  return level;
+  if (!has(FEATURE_PREVIOUS_LEVELS)) return level;
+  return with_hysteresis(granule_level(previous, granule), pair, level) & 3u;
 }
 
 void put_level(uint base, uint granule, uint level) {
@@ -66,15 +56,16 @@ void put_level(uint base, uint granule, uint level) {
   atomicOr(level_words[at / LEVEL_GRANULES], level << (2 * (at % LEVEL_GRANULES)));
 }
 
-// The levels from granule `base` on, where all have prices.
+// The levels wanted of granules from `base` on, where all have prices.
 void put_all(uint base, uint end) {
-  for (uint granule = base + gl_LocalInvocationID.x; granule < end; granule += THREADS) {
-    uint pair = granule < granule_count() ? load_word(prices.base, price_row + granule) : 0;
-    put_level(base, granule, chosen_level(granule, pair));
+  for (uint granule = base + gl_LocalInvocationID.x; granule < min(end, granule_count());
+       granule += THREADS) {
+    uint pair = load_word(prices.base, price_row + granule);
+    put_level(base, granule, wanted_level(granule, pair));
   }
 }
 
-// The levels of the key tiles that have prices of their own, which are noted.
+// Those of the key tiles that have prices of their own, which are noted.
 void put_priced(uint base, uint end) {
   for (uint i = gl_LocalInvocationID.x; i < price_count(); i += THREADS) {
     // NO_KEY_TILE is past all.
@@ -86,31 +77,37 @@ void put_priced(uint base, uint end) {
     }
     uint granule = key_tile * KEY_TILE_GRANULES + i % KEY_TILE_GRANULES;
     uint pair = load_word(prices.base, price_row + first_price() + i);
-    put_level(base, granule, chosen_level(granule, pair));
+    if (granule < granule_count()) put_level(base, granule, wanted_level(granule, pair));
   }
 }
 
-// The levels of the others, whose prices are alike, and mostly what the tile sees of them, too.
+// Those of the others, whose prices are alike.
 void put_others(uint base, uint end) {
-  uvec2 seen = seen_granules(tile);
+  uint level = level_at(others_price, price);
   for (uint i = gl_LocalInvocationID.x; i < (end - base) / KEY_TILE_GRANULES; i += THREADS) {
     if ((priced[i / 32] >> (i % 32) & 1u) != 0) continue;
-    uint first = base + i * KEY_TILE_GRANULES, next = first + KEY_TILE_GRANULES;
-    uint level = level_at(others_price, price), levels = 0;
-    if (next <= seen.x || first >= seen.y) {
-      levels = LEVEL_HIDDEN * EVEN_BITS;
-    } else if (!has(FEATURE_PREVIOUS_LEVELS) && level != LEVEL_EXACT &&
-               is_all_seen(tile, first, next)) {
-      levels = level * EVEN_BITS;
-      if (level == LEVEL_MEAN) own.z += KEY_TILE_GRANULES;
-    } else {
-      for (uint j = 0; j < KEY_TILE_GRANULES; ++j) {
-        levels |= chosen_level(first + j, others_price) << (2 * j);
-      }
+    uint word = i * KEY_TILE_GRANULES / LEVEL_GRANULES;
+    uint levels = level * EVEN_BITS;
+    if (has(FEATURE_PREVIOUS_LEVELS)) {
+      uint before = load_word(previous.base, base / LEVEL_GRANULES + word);
+      levels = with_hysteresis(before, others_price, level);
     }
     const uint bits = 2 * KEY_TILE_GRANULES;
-    atomicOr(level_words[i * bits / 32], (levels & ((1u << bits) - 1)) << (i * bits % 32));
+    atomicOr(level_words[word], levels & (((1u << bits) - 1) << (i * bits % 32)));
   }
+}
+
+// The wanted levels of a word's granules where the boundary allows them, else the nearest finer ones,
+// which are counted.
+uint allowed_levels(uint wanted, WordBoundary allows) {
+  uint mean = fields_at(wanted, LEVEL_MEAN), super_mean = fields_at(wanted, LEVEL_SUPER_MEAN);
+  uint whole = allows.seen & allows.whole;
+  mean = (mean | (super_mean & ~allows.super_whole)) & whole;
+  super_mean &= allows.super_whole & whole;
+  uint hidden = (fields_at(wanted, LEVEL_HIDDEN) & whole) | (EVEN_BITS & ~allows.seen);
+  uint exact = EVEN_BITS & ~(mean | super_mean | hidden);
+  own += uvec3(bitCount(exact & allows.full), bitCount(exact), bitCount(mean));
+  return LEVEL_MEAN * mean | LEVEL_SUPER_MEAN * super_mean | LEVEL_HIDDEN * hidden;
 }
 
 void main() {
@@ -148,8 +145,11 @@ void main() {
     }
     barrier();
     for (uint i = self; i < words; i += THREADS) {
+      WordBoundary allows = boundary_of_word(bounds, tile, base + i * LEVEL_GRANULES);
+      level_words[i] = allowed_levels(level_words[i], allows);
       Words(levels.base).word[first_word + i] = level_words[i];
     }
+    barrier();
     for (uint i = self * SUPER_TILE_WORDS; i < words; i += THREADS * SUPER_TILE_WORDS) {
       uint listed = 0;
       for (uint j = i; j < min(i + SUPER_TILE_WORDS, words); ++j) {

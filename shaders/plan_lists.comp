@@ -33,15 +33,8 @@ void main() {
   for (uint base = 0; base < words; base += THREADS) {
     uint first = (base + self) * LEVEL_GRANULES;
     uint word = base + self < words ? load_word(levels.base, base + self) : 0xffffffffu;
-    uint full = 0, mixed = 0, coarse = fields_at(word, LEVEL_MEAN);
-    for (uint left = fields_at(word, LEVEL_EXACT); left != 0; left &= left - 1) {
-      uint field = left & -left;
-      if (boundary_of(tile, first + findLSB(field) / 2).full) {
-        full |= field;
-      } else {
-        mixed |= field;
-      }
-    }
+    uint exact = fields_at(word, LEVEL_EXACT), coarse = fields_at(word, LEVEL_MEAN);
+    uint full = exact & boundary_of_word(bounds, tile, first).full, mixed = exact & ~full;
     // Two ranks in one sum of sixteen bits each.
     uint ranks = scan(bitCount(full) | bitCount(mixed) << 16), total = counts[THREADS - 1];
     uint at = next_full + (ranks & 0xffffu) - bitCount(full);

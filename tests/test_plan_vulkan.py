@@ -167,6 +167,24 @@ def test_plan_is_that_of_the_definition(rng, options):
     Case.random(rng, **options).check()
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
+@pytest.mark.parametrize("window", [(-1, -1), (90, 70), (90, -1), (-1, 70)], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_previous_levels_under_all_conditions(rng, causal, window, lengths, segments):
+    """Each is a pipeline of its own; a driver's compiler got one of them wrong."""
+    Case.random(
+        rng,
+        *(200, 300, 2, 1),
+        adaptation=threshold(query_tile=16, super_tile=256),
+        previous=True,
+        causal=causal,
+        window=window,
+        lengths=lengths,
+        segments=segments,
+    ).check()
+
+
 @pytest.mark.parametrize("prices", ["ordinary", "alike", "corrupted"])
 def test_every_budget_finds_its_price(rng, prices):
     case = Case.random(rng, 200, 300, batch=12, prices=prices)

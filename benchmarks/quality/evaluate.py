@@ -26,13 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
-from library import LIBRARY
+from library import LIBRARY, SETTINGS
 from model import Shape, default_dtype, losses
 from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
 from storage import load_held_out, load_weights
 from tqdm import tqdm
 
-CONTENDERS = {x.name: x for x in [EXACT, OURS, LIBRARY, SHARED_LAMBDA, *VARIANTS, *BASELINES]}
+CONTENDERS = {
+    x.name: x for x in [EXACT, OURS, LIBRARY, *SETTINGS, SHARED_LAMBDA, *VARIANTS, *BASELINES]
+}
 MAIN = [LIBRARY.name, "block top-k", "MRA"]
 
 
@@ -82,6 +84,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield from block(MAIN, args.fractions[:2])
     yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
     yield from block(MAIN, args.fractions[2:])
+    yield from block([x.name for x in SETTINGS], args.fractions)
     for fraction in args.fractions:
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
             yield Job(args.lengths[0], name, fraction, args.fidelity_texts, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,10 @@ def levels_of(plan: Any, granules: int) -> jax.Array:
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, fraction: float
+    query: jax.Array, key: jax.Array, value: jax.Array, fraction: float, **settings: int
 ) -> tuple[jax.Array, jax.Array]:
     """The library's own attention of [T, N, H], and the fraction that it reports."""
-    adaptation = jax_aat.Adaptation(budget=fraction, audit_rate=0.0)
+    adaptation = jax_aat.Adaptation(budget=fraction, audit_rate=0.0, **settings)
     out, report = jax_aat.tiled_attention(
         query, key, value, is_causal=True, adaptation=adaptation, return_report=True
     )
@@ -33,7 +34,16 @@ def _fraction(sizes: Sizes, fraction: float) -> float:
     return fraction
 
 
-LIBRARY = Contender("jax_aat", _fraction, _attend, static=True)
+def _library(name: str, **settings: int) -> Contender:
+    return Contender(name, _fraction, partial(_attend, **settings), static=True)
+
+
+LIBRARY = _library("jax_aat")
+SETTINGS = [
+    _library("jax_aat, one stage", stages=1),
+    _library("jax_aat, one stage, tiles of 256", stages=1, query_tile=256),
+]
+"""The library's attention by settings that plan faster."""
 
 
 def attention(

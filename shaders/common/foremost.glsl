@@ -35,13 +35,13 @@ void load_key_tiles_ahead(uint first, uint end, out vec4 mass[AT_ONCE][SUB_QUADS
 uint key_tile_note(Tile tile, uint key_tile, inout uint seen) {
   uint first = max(key_tile * KEY_TILE_GRANULES, tile.first);
   uint end = min((key_tile + 1) * KEY_TILE_GRANULES, tile.end);
-  if (is_all_seen(tile.number, first, end)) {
+  if (is_all_seen(tile.bounds, tile.number, first, end)) {
     seen += end - first;
     return MARK_SEEN;
   }
   uint note = 0;
   for (uint granule = first; granule < end; ++granule) {
-    Boundary boundary = boundary_of(tile.number, granule);
+    Boundary boundary = boundary_of(tile.bounds, tile.number, granule);
     if (!boundary.seen) continue;
     ++seen;
     note |= boundary.whole ? MARK_SEEN : with_importance(MARK_SEEN, CUT_IMPORTANCE);
@@ -149,14 +149,14 @@ void write_others(Tile tile, uvec2 prices, bool kept) {
     bool may_see = i >= seen_first && i < seen_end;
     bool looks = may_see && slab.is_looked_into.value[i] != 0;
     uint first = i * KEY_TILE_GRANULES;
-    Boundary boundary = boundary_of(tile.number, first);
-    bool alike = !may_see || is_all_seen(tile.number, first, first + KEY_TILE_GRANULES);
+    Boundary boundary = boundary_of(tile.bounds, tile.number, first);
+    bool alike = !may_see || is_all_seen(tile.bounds, tile.number, first, first + KEY_TILE_GRANULES);
     for (uint j = 0; j < KEY_TILE_GRANULES; ++j) {
       uint granule = first + j;
       if (granule >= granule_count()) break;
       bool within = granule >= tile.first && granule < tile.end;
       if (looks && within) continue;
-      if (!alike) boundary = boundary_of(tile.number, granule);
+      if (!alike) boundary = boundary_of(tile.bounds, tile.number, granule);
       Words(prices).word[granule] = within ? bounded_price_of_other(boundary, kept) : 0;
     }
   }
@@ -178,10 +178,10 @@ void count_others(Tile tile, uvec2 prices, bool kept) {
     if (slab.is_looked_into.value[i] != 0) continue;
     uint first = max(i * KEY_TILE_GRANULES, tile.first);
     uint last = min((i + 1) * KEY_TILE_GRANULES, tile.end) - 1;
-    bool alike = is_all_seen(tile.number, first, last + 1);
+    bool alike = is_all_seen(tile.bounds, tile.number, first, last + 1);
     uint each = alike ? last + 1 - first : 1;
     for (uint granule = first; granule <= last; granule += each) {
-      Boundary boundary = boundary_of(tile.number, granule);
+      Boundary boundary = boundary_of(tile.bounds, tile.number, granule);
       if (!boundary.seen) continue;
       uint price = bounded_price_of_other(boundary, false);
       bool exact = price >> 16 != 0, read = (price & 0xffffu) != 0;

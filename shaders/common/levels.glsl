@@ -44,6 +44,16 @@ uint fields_at(uint word, uint level) {
   return ~(differing | differing >> 1) & EVEN_BITS;
 }
 
+// The lower bits of the fields of granules before `end`, in the word that starts with granule `first`.
+uint fields_before(uint end, uint first) {
+  uint count = uint(clamp(int(end) - int(first), 0, LEVEL_GRANULES));
+  return count == LEVEL_GRANULES ? EVEN_BITS : EVEN_BITS & ((1u << (2 * count)) - 1u);
+}
+
+uint fields_in(uvec2 range, uint first) {
+  return fields_before(range.y, first) & ~fields_before(range.x, first);
+}
+
 // The words of one query tile; `list` is its head chunk.
 View levels_of(uint list, uint tile) {
   View levels = view_of(OPERAND_LEVELS, list, 2);

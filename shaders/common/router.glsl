@@ -13,6 +13,7 @@ struct Tile {
   uint number;
   uint list;
   uint kv_head;
+  TileBoundary bounds;
   uint first, end;  // granules that it may see
   uint first_place, end_place;  // of the granules that it looks into
 };
@@ -85,7 +86,7 @@ Boundary boundary_at(Tile tile, uint place) {
   if (FOREMOST != 0 && (granule < tile.first || granule >= tile.end)) {
     return Boundary(false, false, false, false);
   }
-  return boundary_of(tile.number, granule);
+  return boundary_of(tile.bounds, tile.number, granule);
 }
 
 // Notes what the tile may see of the granules at its places. Returns how many it sees.
@@ -346,9 +347,9 @@ Tile tile_of(uint rank) {
   tile.number = PARAMS.plan_tiles - 1 - rank / (lists * PARAMS.batch_count);
   tile.list = head % lists;
   tile.kv_head = tile.list / (lists / PARAMS.kv_heads);
-  uvec2 seen = seen_granules(tile.number);
-  tile.first = seen.x;
-  tile.end = seen.y;
+  tile.bounds = boundary_of_tile(tile.number);
+  tile.first = tile.bounds.seen.x;
+  tile.end = tile.bounds.seen.y;
   tile.first_place = tile.first;
   tile.end_place = tile.end;
   return tile;

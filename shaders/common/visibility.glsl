@@ -8,11 +8,7 @@
 // The masking operands of the batch entry at work; heads count from the `head` given to
 // `set_visibility`.
 View mask_view, query_segments_view, key_segments_view;
-// Rows and keys from here on are hidden. A kernel may define LIMITS_IN_MEMORY; it then waits for all
-// of its threads before it asks for them.
-#ifdef LIMITS_IN_MEMORY
-shared
-#endif
+// Rows and keys from here on are hidden.
 uint query_limit, key_limit;
 
 void set_visibility(uint head) {
