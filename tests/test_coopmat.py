@@ -159,20 +159,48 @@ def test_plans(query_tile, head_dim, rng):
         assert relative_error(x, reference) <= tolerance
 
 
-@pytest.mark.parametrize("head_dim", [40, 64])
-def test_correction(head_dim, rng):
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_plan_of_few_queries(head_dim, rng):
+    """Workgroups share the list of a tile."""
+    require_matrices("bfloat16")
+    q = comparison.normal(rng, 2, 7, 8, head_dim).astype("bfloat16")
+    k, v = (comparison.normal(rng, 2, 3000, 2, head_dim).astype("bfloat16") for _ in range(2))
+    plan = plan_tiles(q, k, v, Adaptation(budget=0.5, query_tile=64), implementation="xla")
+    out = tiled_attention(q, k, v, plan=plan, implementation="vulkan")
+    kernels = kernels_after(out)
+    assert "attend_forward_coopmat.bf16" in kernels
+    assert any(kernel.startswith("merge_parts") for kernel in kernels)
+    expected = tiled_attention(
+        *(x.astype("float32") for x in (q, k, v)), plan=plan, implementation="xla"
+    )
+    assert relative_error(out, expected) <= TOLERANCE["bfloat16"][0]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "options"),
+    [
+        (40, 4, {"is_causal": True}),
+        (64, 4, {"is_causal": True}),
+        (64, 6, {"is_causal": True}),
+        (64, 4, {}),
+        (64, 4, {"is_causal": True, "query_seq_lengths": [2500, 0]}),
+        (64, 4, {"is_causal": True, "key_value_seq_lengths": [2600, 1900]}),
+    ],
+    ids=str,
+)
+def test_correction(head_dim, heads, options, rng):
     """Values that go along with their keys, so that the correction is a large part of them."""
     require_matrices("bfloat16")
-    q = comparison.normal(rng, 2, 2600, 4, head_dim).astype("bfloat16")
+    q = comparison.normal(rng, 2, 2600, heads, head_dim).astype("bfloat16")
     k = comparison.normal(rng, 2, 2600, 2, head_dim).astype("bfloat16")
+    options = {name: x if x is True else np.array(x) for name, x in options.items()}
     adaptation = Adaptation(budget=0.25, query_tile=128)
-    plan = plan_tiles(q, k, k, adaptation, is_causal=True, implementation="xla")
+    plan = plan_tiles(q, k, k, adaptation, implementation="xla", **options)
 
     def attend(implementation, *operands, adaptation=adaptation):
         return tiled_attention(
-            *operands, is_causal=True, adaptation=adaptation, plan=plan,
-            implementation=implementation,
-        )  # fmt: skip
+            *operands, adaptation=adaptation, plan=plan, implementation=implementation, **options
+        )
 
     out = attend("vulkan", q, k, k)
     assert "state_correction_coopmat.bf16" in kernels_after(out)
