@@ -79,12 +79,13 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                     if name in args.contenders:
                         yield Job(length, name, fraction, max(1, int(share * texts)), False)
 
-    others = [name for name in CONTENDERS if name not in (*MAIN, "exact")]
+    settings = [contender.name for contender in SETTINGS]
+    others = [name for name in CONTENDERS if name not in (*MAIN, *settings, "exact")]
     yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
     yield from block(MAIN, args.fractions[:2])
     yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
     yield from block(MAIN, args.fractions[2:])
-    yield from block([x.name for x in SETTINGS], args.fractions)
+    yield from block(settings, args.fractions)
     for fraction in args.fractions:
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
             yield Job(args.lengths[0], name, fraction, args.fidelity_texts, True)
