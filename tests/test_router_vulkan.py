@@ -1,5 +1,6 @@
 """Prices that the shaders of the router make, against those of jax.numpy."""
 
+import contextlib
 import functools
 
 import jax
@@ -8,18 +9,16 @@ import numpy as np
 import pytest
 from comparison import Ran, assert_same_bits, look_into
 
-from jax_aat import Adaptation, router
+from jax_aat import Adaptation, last_dispatch, router, scores
 from jax_aat.adaptation import grid_of
 from jax_aat.primitives import plan as planning
 from jax_aat.primitives.plan import make_plan, make_prices
 from jax_aat.problem import Operands, Options, Slot
 
 UNITS = {"float32": 2, "float16": 5, "bfloat16": 5}
-"""How far upper halves of float32 may lie apart: sums are taken in another order, and cooperative
-matrices, which serve tiles of 64 rows or more where the device has them, round to halves."""
+"""How far upper halves of float32 may lie apart: sums are taken in another order."""
 SHARE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-3}
-"""Share of the granules that may lie further apart: candidates change places where they tie, and
-where products of halves make them (an H200: 0.24% in the worst case here)."""
+"""Share of the granules that may lie further apart: candidates change places where they tie."""
 TINY = 0x2B80
 """Upper half of 2^-40, the square of a probability of 16 ulps of 1, which rounding of sums reaches:
 which of the granules below are candidates is its matter (1 of 10 cases of one shape)."""
@@ -43,22 +42,39 @@ def clustered(
 
 
 def made(operands, options, adaptation):
+    """Prices, and whether cooperative matrices made them."""
     with Ran("vulkan", "plan"):
         call = jax.jit(lambda x: make_prices(x, options, adaptation))
-        return np.asarray(call(operands)).astype(np.int64)
+        prices = np.asarray(call(operands)).astype(np.int64)
+    return prices, "cross_tile_router_coopmat" in " ".join(last_dispatch().kernels)
 
 
-def expected(operands, options, adaptation):
+@contextlib.contextmanager
+def products_of_halves():
+    """Rounds what the router multiplies as cooperative matrices do."""
+    exact = scores._product
+
+    def rounded(subscripts, a, b):
+        return exact(subscripts, *(x.astype(jnp.float16).astype(jnp.float32) for x in (a, b)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "_product", rounded)
+        yield
+
+
+def expected(operands, options, adaptation, halves=False):
     # On the CPU: where products are rounded otherwise, other candidates tie.
     operands = jax.device_put(operands, jax.devices("cpu")[0])
     grid = grid_of(operands, adaptation)
     call = functools.partial(router.break_even, options=options, grid=grid, adaptation=adaptation)
-    return np.asarray(jax.jit(call)(operands)).astype(np.int64)
+    with products_of_halves() if halves else contextlib.nullcontext():
+        return np.asarray(jax.jit(call)(operands)).astype(np.int64)
 
 
 def assert_alike(operands, options, adaptation):
     """Compares both prices; hidden granules exactly."""
-    ours, theirs = (f(operands, options, adaptation) for f in (made, expected))
+    ours, halves = made(operands, options, adaptation)
+    theirs = expected(operands, options, adaptation, halves)
     assert ours.shape == theirs.shape
     np.testing.assert_array_equal(ours == 0, theirs == 0)
     for name, shift in (("exact", 16), ("mean", 0)):
