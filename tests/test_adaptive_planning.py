@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from comparison import Ran, assert_close, assert_same_bits, look_into, normal
+from comparison import TOLERANCE, Ran, assert_close, assert_same_bits, look_into, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -269,11 +269,17 @@ def test_a_state_plans_and_keeps_plans(rng):
 
     with Ran("vulkan", "plan", "forward"):
         out, levels = jax.block_until_ready(steps(q, k, v, "vulkan"))
-    expected, expected_levels = steps(q, k, v, "xla")
-    assert (np.asarray(levels) == expected_levels).mean() > 0.99
+    on_cpu = jax.device_put((q, k, v), jax.devices("cpu")[0])
+    expected, expected_levels = steps(*on_cpu, "xla")
     assert_same_bits(levels[0], levels[1])
     assert (levels[1] != levels[2]).any()
-    assert_close(out, expected, 0.02)
+    # Candidates that tie change the levels of their tile, so what it gives is another thing.
+    alike = (np.asarray(levels) == expected_levels).all(-1)
+    assert alike.mean() > 0.95
+    grid = adaptation.grid(700, 700, 4, 2)
+    rows = alike.transpose(0, 1, 3, 2).repeat(grid.positions, 2)[:, :, :700]
+    rows = rows.repeat(grid.tile_heads, 3)[..., None]
+    assert_close(np.where(rows, out, 0), np.where(rows, expected, 0), TOLERANCE["float32"][0])
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
