@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,10 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
     except UsageError as error:
         commands.choices[options.command].error(str(error))
     except UnusableError as error:
         print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        return BAD
+    except BrokenPipeError:
+        # Whoever reads has enough; what is left must not fail again when Python flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD
     return code
 

@@ -54,6 +54,24 @@ def test_info_says_why_a_kernel_is_chosen() -> None:
     assert all(line[-1] == "matrix units do not multiply float32" for line in float32)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_whoever_reads_may_stop(unbuffered) -> None:
+    """As `| head` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jax_aat", "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert "BrokenPipe" not in errors
+
+
 def test_info_without_a_driver_says_what_to_install() -> None:
     done = run("info", VK_ICD_FILENAMES="/nowhere", VK_DRIVER_FILES="/nowhere")
     assert done.returncode == 1
