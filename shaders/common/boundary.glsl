@@ -28,7 +28,7 @@ uint next_part(int key, uint size) { return divide_up(uint(max(key, 0)), size); 
 
 // Of a tile that exists, after `set_visibility`.
 TileBoundary boundary_of_tile(uint tile) {
-  const int FAR = 1 << 29;  // more than any two positions are apart
+  const int FAR = (1 << 30) - 1;  // no two positions are further apart, and sums stay in range
   const uvec2 NONE = uvec2(0);
   int first = int(tile * PARAMS.plan_positions);
   int last = min(first + int(PARAMS.plan_positions), int(call.queries)) - 1;
