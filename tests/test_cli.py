@@ -57,18 +57,17 @@ def test_info_says_why_a_kernel_is_chosen() -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_whoever_reads_may_stop(unbuffered) -> None:
     """As `| head` does."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "jax_aat", "info"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    errors = process.stderr.read().decode()
-    process.stderr.close()
-    assert process.wait() == 1
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 1
     assert "BrokenPipe" not in errors
 
 

@@ -46,7 +46,8 @@ def made(operands, options, adaptation):
     with Ran("vulkan", "plan"):
         call = jax.jit(lambda x: make_prices(x, options, adaptation))
         prices = np.asarray(call(operands)).astype(np.int64)
-    return prices, "cross_tile_router_coopmat" in " ".join(last_dispatch().kernels)
+    kernels = last_dispatch().kernels
+    return prices, any(kernel.startswith("cross_tile_router_coopmat") for kernel in kernels)
 
 
 @contextlib.contextmanager

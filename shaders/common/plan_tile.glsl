@@ -1,8 +1,8 @@
 // The query tile of a plan that a workgroup makes.
 #include "common/boundary.glsl"
 
-// Of the tile. In registers over a loop with barriers NVIDIA's compiler (driver 580.159.04, an H200)
-// made 0 of what it follows from, under some conditions and previous levels.
+// Of the tile. Found once and not where it is asked for: out of a loop over granules, with barriers,
+// NVIDIA's compiler (driver 580.159.04, an H200) got what it follows from wrong (docs/kernels.md).
 shared TileBoundary bounds;
 
 uint list_count() { return PARAMS.query_heads / TILE_HEADS; }
