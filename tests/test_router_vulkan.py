@@ -63,27 +63,63 @@ def products_of_halves():
         yield
 
 
-def expected(operands, options, adaptation, halves=False):
-    # On the CPU: where products are rounded otherwise, other candidates tie.
-    operands = jax.device_put(operands, jax.devices("cpu")[0])
+def reference(operands, options, adaptation, halves=False):
+    """Compiles once what gives the prices of jax.numpy for operands like these."""
     grid = grid_of(operands, adaptation)
     call = functools.partial(router.break_even, options=options, grid=grid, adaptation=adaptation)
-    with products_of_halves() if halves else contextlib.nullcontext():
-        return np.asarray(jax.jit(call)(operands)).astype(np.int64)
+    call = jax.jit(call)
+
+    def expected(operands):
+        # On the CPU: where products are rounded otherwise, other candidates tie.
+        operands = jax.device_put(operands, jax.devices("cpu")[0])
+        with products_of_halves() if halves else contextlib.nullcontext():
+            return np.asarray(call(operands)).astype(np.int64)
+
+    return expected
+
+
+def differ(ours, theirs, dtype):
+    """Where prices are of what only one side saw or judged; where they lie apart, of each kind."""
+    units = []
+    for shift in (16, 0):
+        upper = (np.maximum(x >> shift & 0xFFFF, TINY) for x in (ours, theirs))
+        units.append(np.abs(np.subtract(*upper)) > UNITS[dtype])
+    return np.stack([(ours == 0) != (theirs == 0), *units])
+
+
+def ties(expected, operands, theirs, halves, draws=16):
+    """Where `differ` holds for the reference itself, of operands that rounding may set apart.
+
+    Shaders tell key tiles apart by 2^-16 of their importance. That the last one that is looked into
+    and the next are closer happened in 3 of 2,500 draws of one shape, and changes all granules of
+    both.
+    """
+    rng = np.random.default_rng(0)
+    eps = 1e-3 if halves else 1e-4
+    wide = {slot: operands[slot].astype(jnp.float32) for slot in (Slot.Q, Slot.K, Slot.V)}
+    found = False
+    for _ in range(draws):
+        moved = {
+            slot: (x * (1 + eps * rng.normal(size=x.shape))).astype(jnp.float32)
+            for slot, x in wide.items()
+        }
+        found |= differ(expected(operands | moved), theirs, operands[Slot.Q].dtype.name)
+    return found
 
 
 def assert_alike(operands, options, adaptation):
-    """Compares both prices; hidden granules exactly."""
+    """Compares both prices; what is seen and judged exactly."""
     ours, halves = made(operands, options, adaptation)
-    theirs = expected(operands, options, adaptation, halves)
+    expected = reference(operands, options, adaptation, halves)
+    theirs = expected(operands)
     assert ours.shape == theirs.shape
-    np.testing.assert_array_equal(ours == 0, theirs == 0)
-    for name, shift in (("exact", 16), ("mean", 0)):
-        upper = (np.maximum(x >> shift & 0xFFFF, TINY) for x in (ours, theirs))
-        apart = np.abs(np.subtract(*upper))
-        dtype = operands[Slot.Q].dtype.name
-        wrong = (apart > UNITS[dtype]).sum()
-        assert wrong <= 2 + SHARE[dtype] * apart.size, f"{name}: {wrong} of {apart.size} differ"
+    dtype = operands[Slot.Q].dtype.name
+    different = differ(ours, theirs, dtype)
+    allowed = np.array([0, *2 * [2 + SHARE[dtype] * ours.size]])
+    if (different.sum((1, 2, 3, 4)) > allowed).any():
+        different &= ~ties(expected, operands, theirs, halves)
+    wrong = different.sum((1, 2, 3, 4))
+    assert (wrong <= allowed).all(), f"seen, exact, mean: {wrong} of {ours.size} differ"
 
 
 @pytest.mark.parametrize("levels", [(0,), (0, 1), (0, 1, 2)])
@@ -160,10 +196,12 @@ def test_shapes(heads, kv_heads, query_tile, head_dim, rng):
 def test_queries_that_do_not_exist_have_no_say(rng):
     """Prices of 16 queries are the same in a tile that has room for 16 times as many."""
     operands = clustered(rng, 16, 1100, 1, 1, 256, batch=8)
-    full, roomy = (
-        expected(operands, Options(1 / 16), Adaptation(budget=0.2, query_tile=query_tile))
-        for query_tile in (16, 256)
-    )
+
+    def prices(query_tile):
+        adaptation = Adaptation(budget=0.2, query_tile=query_tile)
+        return reference(operands, Options(1 / 16), adaptation)(operands)
+
+    full, roomy = prices(16), prices(256)
     apart = np.abs(np.subtract(*(np.maximum(x >> 16, TINY) for x in (full, roomy))))
     assert (apart > UNITS["float32"]).sum() <= 2 + SHARE["float32"] * apart.size
 
@@ -257,7 +295,9 @@ def test_one_stage_looks_into_as_much(rng, few_judged):
     adaptation = Adaptation(budget=0.4, stages=1, query_tile=64)
     operands = clustered(rng, 100, 4900, batch=1)
     assert_alike(operands, Options(SCALE), adaptation)
-    exact = (expected(operands, Options(SCALE), adaptation) >> 16 > 0).reshape(1, -1, 307)
+    exact = (reference(operands, Options(SCALE), adaptation)(operands) >> 16 > 0).reshape(
+        1, -1, 307
+    )
     assert exact.sum(-1).max() > 8 * 11
 
 
@@ -301,7 +341,7 @@ def test_floor_beyond_what_is_judged(rng, few_judged):
     operands = clustered(rng, 64, 4096, batch=1)
     operands[Slot.Q] *= 200
     adaptation = Adaptation(threshold=1e-4, query_tile=64)
-    expected_prices = expected(operands, Options(SCALE), adaptation)
+    expected_prices = reference(operands, Options(SCALE), adaptation)(operands)
     assert ((expected_prices >> 16) == 0x6F00).reshape(-1, 32, 8).all(-1).any()
     assert_alike(operands, Options(SCALE), adaptation)
 
