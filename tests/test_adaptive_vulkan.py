@@ -256,8 +256,11 @@ def test_gradient_of_a_bias_that_broadcasts(rng, summed):
         actual = bias_gradient("vulkan", case.operands | {Slot.BIAS: bias}, cotangents)
         actual.block_until_ready()
     whole = case.operands | {Slot.BIAS: jnp.broadcast_to(bias, BIAS_SHAPE)}
-    expected = bias_gradient("xla", whole, cotangents)
-    assert_close(actual, np.asarray(expected, np.float64).sum(axes, keepdims=True), 1e-4)
+    terms = np.asarray(bias_gradient("xla", whole, cotangents), np.float64)
+    expected = terms.sum(axes, keepdims=True)
+    assert actual.shape == expected.shape
+    # Of a sum along keys softmax leaves little: its error is one of its terms.
+    assert np.linalg.norm(actual - expected) <= 1e-4 * np.linalg.norm(terms)
 
 
 def call_forward(case, operands, *extra: Slot):
