@@ -105,6 +105,38 @@ def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) 
     assert float(spent) == pytest.approx(float(counted), rel=1e-5)
 
 
+def test_near_granules_are_exact_at_any_price(operands: Operands) -> None:
+    q, k, v = operands
+    prediction = router.predict(q / 4, k, v, jnp.float32(0.25), router.Routing(floor=0.0, near=8))
+    levels = router.choose_levels(prediction, jnp.float32(20.0))
+    tile = np.arange(levels.shape[1])[:, None] * router.TILE
+    start = np.arange(levels.shape[2]) * router.GRANULE
+    near = (start >= tile - 8 * router.GRANULE) & (start < tile + router.TILE)
+    np.testing.assert_array_equal(
+        np.asarray(levels) == router.EXACT, np.stack([near] * len(levels))
+    )
+
+
+def test_foresight_knows_the_masses_of_granules(operands: Operands) -> None:
+    """What is forced, an eighth of what a tile sees, has the largest mean squares of masses."""
+    q, k, v = operands
+    routing = router.Routing(foresight=True, floor=0.5)
+    prediction = router.predict(q / 4, k, v, jnp.float32(0.25), routing)
+    length, kv_heads = SIZES.length, k.shape[1]
+    logits = np.einsum("tkgh,skh->tkgs", q.reshape(length, kv_heads, -1, q.shape[-1]) / 4, k)
+    logits = np.where(np.tri(length, dtype=bool)[:, None, None], logits, -np.inf)
+    probability = np.asarray(jax.nn.softmax(logits))
+    tiles, granules = prediction.coarse.shape
+    mass = probability.reshape(tiles, router.TILE, kv_heads, -1, granules, router.GRANULE).sum(-1)
+    importance = np.square(mass).mean((1, 3)).swapaxes(0, 1)
+    for tile in (20, tiles - 1):
+        seen = (tile + 1) * router.TILE // router.GRANULE
+        # Of the tile's own two granules queries see a part, all of which counts as seen.
+        earlier = np.argsort(-importance[:, tile, : seen - 2])[:, : seen // 16]
+        forced = np.take_along_axis(np.asarray(prediction.forced[:, tile]), earlier, axis=1)
+        assert forced.mean() > 0.99
+
+
 def test_library_and_emulation_plan_alike_and_compute_the_same(operands: Operands) -> None:
     # The emulation knows the sizes of long sequences only.
     adaptation = jax_aat.Adaptation(budget=0.25, query_tile=128, super_tile=1024)

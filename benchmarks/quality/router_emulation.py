@@ -36,11 +36,16 @@ class Routing:
       highest: Highest level in use, 1 or 2.
       refine: Stage 2 looks at this many times the budget of the granules; 0: no second stage.
       floor: This share of the budget, the most important granules of every tile, is exact.
+      near: So many granules before a tile are exact.
+      foresight: Judge everything by the logits of every query and key. What that costs is not
+        counted: it says how much any way to judge could gain.
     """
 
     highest: int = 2
     refine: float = 2.0
     floor: float = 0.25
+    near: int = 0
+    foresight: bool = False
 
 
 @partial(
@@ -89,8 +94,9 @@ def predict(
     length, heads, head_dim = query.shape
     tiles, granules, kv_heads = length // TILE, length // GRANULE, key.shape[1]
     per_super = super_tile(length) // GRANULE
+    fine = 1 if routing.foresight else FINE
     key_mean, key_variance = moments(key, GRANULE)
-    fine_mean, fine_variance = moments(key, FINE)
+    fine_mean, fine_variance = moments(key, fine)
     value_mean, value_variance = moments(value, GRANULE)
     scatter = value_variance.sum(-1).T  # [K, granules]
     super_key, _ = moments(key, super_tile(length))
@@ -99,11 +105,11 @@ def predict(
     size = (value.astype(jnp.float32) ** 2).sum(-1).mean(0)[:, None]  # [K, 1]
 
     # Positions of a tile as sub-queries of 16, these as finer ones of 4.
-    parts, fines = TILE // SUB_QUERY, SUB_QUERY // FINE
+    parts, fines = TILE // SUB_QUERY, SUB_QUERY // fine
     query = query.astype(jnp.float32)
-    shape = (tiles, parts, fines, FINE, kv_heads, heads // kv_heads, head_dim)
+    shape = (tiles, parts, fines, fine, kv_heads, heads // kv_heads, head_dim)
     fine_first, fine_second = query.reshape(shape).mean(3), (query**2).reshape(shape).mean(3)
-    ends = jnp.arange(length).reshape(tiles, parts, fines, FINE)[..., -1]
+    ends = jnp.arange(length).reshape(tiles, parts, fines, fine)[..., -1]
     starts = jnp.arange(granules) * GRANULE
 
     def of_tile(tile: Array) -> tuple[Array, ...]:
@@ -117,12 +123,13 @@ def predict(
         p = jax.nn.softmax(x + hidden[:, -1][:, None], axis=-1)
         importance = (p**2).mean((1, 2))
         x = jnp.broadcast_to(x[:, :, None], (kv_heads, parts, fines, *x.shape[2:]))
-        if routing.refine:
-            refined = _best(importance, jnp.ceil(routing.refine * fraction * seen))
+        if routing.refine or routing.foresight:
+            count = seen if routing.foresight else jnp.ceil(routing.refine * fraction * seen)
+            refined = _best(importance, count)
             x4 = jnp.einsum("pfkgh,jkh->kpfgj", first, fine_mean)
             x4 += jnp.einsum("pfkgh,jkh->kpfgj", second, fine_variance) / 2
-            x4 = x4.reshape(*x.shape, GRANULE // FINE)
-            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // FINE)
+            x4 = x4.reshape(*x.shape, GRANULE // fine)
+            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // fine)
             x = jnp.where(refined[:, None, None, None], x4, x)
         p = jax.nn.softmax(x + hidden[:, :, None], axis=-1)
         square = (p**2).mean(2)  # [K, parts, G, j]
@@ -132,7 +139,8 @@ def predict(
         mean = (square * jnp.expm1(jnp.minimum(variance, _LARGEST_VARIANCE))).mean((1, 2))
         spread = jnp.minimum(variance + offset**2, _LARGEST_VARIANCE)
         super_mean = (square * jnp.expm1(spread)).mean((1, 2))
-        forced = _best(importance, jnp.ceil(routing.floor * fraction * seen)) & visible
+        forced = _best(importance, jnp.ceil(routing.floor * fraction * seen))
+        forced = (forced | (starts >= tile * TILE - routing.near * GRANULE)) & visible
         return mean * scatter / size, super_mean * (scatter + apart) / size, forced
 
     mean, super_mean, forced = (
