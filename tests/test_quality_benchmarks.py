@@ -105,13 +105,16 @@ def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) 
     assert float(spent) == pytest.approx(float(counted), rel=1e-5)
 
 
-def test_near_granules_are_exact_at_any_price(operands: Operands) -> None:
+def test_the_nearest_granules_are_exact_at_any_price(operands: Operands) -> None:
     q, k, v = operands
-    prediction = router.predict(q / 4, k, v, jnp.float32(0.25), router.Routing(floor=0.0, near=8))
+    routing = router.Routing(floor=0.0, near=0.5)
+    prediction = router.predict(q / 4, k, v, jnp.float32(0.25), routing)
     levels = router.choose_levels(prediction, jnp.float32(20.0))
     tile = np.arange(levels.shape[1])[:, None] * router.TILE
     start = np.arange(levels.shape[2]) * router.GRANULE
-    near = (start >= tile - 8 * router.GRANULE) & (start < tile + router.TILE)
+    # An eighth of what is seen, rounded up.
+    before = -(-(tile + router.TILE) // (8 * router.GRANULE)) * router.GRANULE
+    near = (start >= tile - before) & (start < tile + router.TILE)
     np.testing.assert_array_equal(
         np.asarray(levels) == router.EXACT, np.stack([near] * len(levels))
     )

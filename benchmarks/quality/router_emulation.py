@@ -36,7 +36,8 @@ class Routing:
       highest: Highest level in use, 1 or 2.
       refine: Stage 2 looks at this many times the budget of the granules; 0: no second stage.
       floor: This share of the budget, the most important granules of every tile, is exact.
-      near: So many granules before a tile are exact.
+      near: This share of the budget, the granules nearest before a tile, is exact.
+      fine_queries: So many queries stage 2 knows by their mean.
       foresight: Judge everything by the logits of every query and key. What that costs is not
         counted: it says how much any way to judge could gain.
     """
@@ -44,7 +45,8 @@ class Routing:
     highest: int = 2
     refine: float = 2.0
     floor: float = 0.25
-    near: int = 0
+    near: float = 0.0
+    fine_queries: int = FINE
     foresight: bool = False
 
 
@@ -94,9 +96,9 @@ def predict(
     length, heads, head_dim = query.shape
     tiles, granules, kv_heads = length // TILE, length // GRANULE, key.shape[1]
     per_super = super_tile(length) // GRANULE
-    fine = 1 if routing.foresight else FINE
+    fine_queries, fine_keys = (1, 1) if routing.foresight else (routing.fine_queries, FINE)
     key_mean, key_variance = moments(key, GRANULE)
-    fine_mean, fine_variance = moments(key, fine)
+    fine_mean, fine_variance = moments(key, fine_keys)
     value_mean, value_variance = moments(value, GRANULE)
     scatter = value_variance.sum(-1).T  # [K, granules]
     super_key, _ = moments(key, super_tile(length))
@@ -104,12 +106,12 @@ def predict(
     apart = ((value_mean - jnp.repeat(super_value, per_super, 0)) ** 2).sum(-1).T
     size = (value.astype(jnp.float32) ** 2).sum(-1).mean(0)[:, None]  # [K, 1]
 
-    # Positions of a tile as sub-queries of 16, these as finer ones of 4.
-    parts, fines = TILE // SUB_QUERY, SUB_QUERY // fine
+    # Positions of a tile as sub-queries of 16, these as finer ones.
+    parts, fines = TILE // SUB_QUERY, SUB_QUERY // fine_queries
     query = query.astype(jnp.float32)
-    shape = (tiles, parts, fines, fine, kv_heads, heads // kv_heads, head_dim)
+    shape = (tiles, parts, fines, fine_queries, kv_heads, heads // kv_heads, head_dim)
     fine_first, fine_second = query.reshape(shape).mean(3), (query**2).reshape(shape).mean(3)
-    ends = jnp.arange(length).reshape(tiles, parts, fines, fine)[..., -1]
+    ends = jnp.arange(length).reshape(tiles, parts, fines, fine_queries)[..., -1]
     starts = jnp.arange(granules) * GRANULE
 
     def of_tile(tile: Array) -> tuple[Array, ...]:
@@ -128,8 +130,8 @@ def predict(
             refined = _best(importance, count)
             x4 = jnp.einsum("pfkgh,jkh->kpfgj", first, fine_mean)
             x4 += jnp.einsum("pfkgh,jkh->kpfgj", second, fine_variance) / 2
-            x4 = x4.reshape(*x.shape, GRANULE // fine)
-            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // fine)
+            x4 = x4.reshape(*x.shape, GRANULE // fine_keys)
+            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // fine_keys)
             x = jnp.where(refined[:, None, None, None], x4, x)
         p = jax.nn.softmax(x + hidden[:, :, None], axis=-1)
         square = (p**2).mean(2)  # [K, parts, G, j]
@@ -140,7 +142,8 @@ def predict(
         spread = jnp.minimum(variance + offset**2, _LARGEST_VARIANCE)
         super_mean = (square * jnp.expm1(spread)).mean((1, 2))
         forced = _best(importance, jnp.ceil(routing.floor * fraction * seen))
-        forced = (forced | (starts >= tile * TILE - routing.near * GRANULE)) & visible
+        before = jnp.ceil(routing.near * fraction * seen)
+        forced = (forced | (starts >= tile * TILE - before * GRANULE)) & visible
         return mean * scatter / size, super_mean * (scatter + apart) / size, forced
 
     mean, super_mean, forced = (
@@ -221,7 +224,7 @@ def planning_operations(
     coarse = pairs * (TILE // SUB_QUERY) * group * 2
     supers = pairs * GRANULE / super_tile(length) * (TILE // SUB_QUERY) * group
     refined = pairs * routing.refine * fraction
-    fine = refined * (TILE // FINE) * group * (GRANULE // FINE) * 2
+    fine = refined * (TILE // routing.fine_queries) * group * (GRANULE // FINE) * 2
     means = 8.0 * length * (heads + 2 * kv_heads) * head_dim
     state = 2.0 * length * head_dim * (kv_heads * head_dim + heads * (head_dim + 2))
     return 2 * head_dim * (coarse + supers + fine) + means + state
