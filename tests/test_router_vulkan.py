@@ -66,8 +66,8 @@ def products_of_halves():
 def reference(operands, options, adaptation, halves=False):
     """Compiles once what gives the prices of jax.numpy for operands like these."""
     grid = grid_of(operands, adaptation)
-    call = functools.partial(router.break_even, options=options, grid=grid, adaptation=adaptation)
-    call = jax.jit(call)
+    fixed = {"options": options, "grid": grid, "adaptation": adaptation}
+    call = jax.jit(functools.partial(router.break_even, **fixed))
 
     def expected(operands):
         # On the CPU: where products are rounded otherwise, other candidates tie.
@@ -295,9 +295,8 @@ def test_one_stage_looks_into_as_much(rng, few_judged):
     adaptation = Adaptation(budget=0.4, stages=1, query_tile=64)
     operands = clustered(rng, 100, 4900, batch=1)
     assert_alike(operands, Options(SCALE), adaptation)
-    exact = (reference(operands, Options(SCALE), adaptation)(operands) >> 16 > 0).reshape(
-        1, -1, 307
-    )
+    prices = reference(operands, Options(SCALE), adaptation)(operands)
+    exact = (prices >> 16 > 0).reshape(1, -1, 307)
     assert exact.sum(-1).max() > 8 * 11
 
 
