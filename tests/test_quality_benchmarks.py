@@ -115,9 +115,8 @@ def test_the_nearest_granules_are_exact_at_any_price(operands: Operands) -> None
     # An eighth of what is seen, rounded up.
     before = -(-(tile + router.TILE) // (8 * router.GRANULE)) * router.GRANULE
     near = (start >= tile - before) & (start < tile + router.TILE)
-    np.testing.assert_array_equal(
-        np.asarray(levels) == router.EXACT, np.stack([near] * len(levels))
-    )
+    expected = np.broadcast_to(near, levels.shape)
+    np.testing.assert_array_equal(np.asarray(levels) == router.EXACT, expected)
 
 
 def test_foresight_knows_the_masses_of_granules(operands: Operands) -> None:

@@ -128,11 +128,11 @@ def predict(
         if routing.refine or routing.foresight:
             count = seen if routing.foresight else jnp.ceil(routing.refine * fraction * seen)
             refined = _best(importance, count)
-            x4 = jnp.einsum("pfkgh,jkh->kpfgj", first, fine_mean)
-            x4 += jnp.einsum("pfkgh,jkh->kpfgj", second, fine_variance) / 2
-            x4 = x4.reshape(*x.shape, GRANULE // fine_keys)
-            x4 = jax.nn.logsumexp(x4, axis=-1) - math.log(GRANULE // fine_keys)
-            x = jnp.where(refined[:, None, None, None], x4, x)
+            finer = jnp.einsum("pfkgh,jkh->kpfgj", first, fine_mean)
+            finer += jnp.einsum("pfkgh,jkh->kpfgj", second, fine_variance) / 2
+            finer = finer.reshape(*x.shape, GRANULE // fine_keys)
+            finer = jax.nn.logsumexp(finer, axis=-1) - math.log(GRANULE // fine_keys)
+            x = jnp.where(refined[:, None, None, None], finer, x)
         p = jax.nn.softmax(x + hidden[:, :, None], axis=-1)
         square = (p**2).mean(2)  # [K, parts, G, j]
         importance = square.mean((1, 2))
