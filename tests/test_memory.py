@@ -176,8 +176,14 @@ def test_devices_are_chosen(calls):
     everything = jax_aat.memory_stats()
     assert default.name in everything.devices
     if len(everything.devices) == 1:
-        assert jax_aat.memory_stats(default) == everything
-        assert jax_aat.memory_stats(default.index) == everything
+        for device in (default, default.index):
+            stats = jax_aat.memory_stats(device)
+            # What the driver leaves to this process changes with what other processes take.
+            assert stats == replace(
+                everything,
+                heap_budget_bytes=stats.heap_budget_bytes,
+                heap_usage_bytes=stats.heap_usage_bytes,
+            )
     held = jax_aat.memory_stats(default).total.reserved_bytes
     assert jax_aat.trim_memory(default) == held > 0
     with_budget = default.features["VK_EXT_memory_budget"]

@@ -80,11 +80,15 @@ def reference(operands, options, adaptation, halves=False):
 
 def differ(ours, theirs, dtype):
     """Where prices are of what only one side saw or judged; where they lie apart, of each kind."""
-    units = []
+    units, explained = [], []
     for shift in (16, 0):
-        upper = (np.maximum(x >> shift & 0xFFFF, TINY) for x in (ours, theirs))
+        halves = [x >> shift & 0xFFFF for x in (ours, theirs)]
+        upper = (np.maximum(half, TINY) for half in halves)
         units.append(np.abs(np.subtract(*upper)) > UNITS[dtype])
-    return np.stack([(ours == 0) != (theirs == 0), *units])
+        # 0 stands for what is not seen, but a device may make it of products below 2^-126, too.
+        explained.append(np.max(halves, axis=0) <= TINY)
+    seen = ((ours == 0) != (theirs == 0)) & ~np.all(explained, axis=0)
+    return np.stack([seen, *units])
 
 
 def ties(expected, operands, theirs, halves, draws=16):
