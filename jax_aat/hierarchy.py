@@ -53,6 +53,7 @@ def predict_foremost(
     keys: Keys,
     split: Keys,
     boundary: Boundary,
+    near: jax.Array,
     options: Options,
     grid: Grid,
     candidates: float,
@@ -61,9 +62,10 @@ def predict_foremost(
     """`predict` where each tile looks into its `judged` foremost key tiles.
 
     Granules elsewhere have no error and no importance: they are not worth a row of their own.
-    Arguments are those of `predict`, and the keys split by `Keys.by_key_tile`.
+    Arguments are those of `predict`, the keys split by `Keys.by_key_tile`, and which granules are
+    exact because they are near, whose key tiles are looked into.
     """
-    index, outside = _foremost(queries, keys, boundary, options, grid, judged)
+    index, outside = _foremost(queries, keys, boundary, near, options, grid, judged)
     batch, lists, tiles = index.shape[:3]
     size = KEY_TILE // GRANULE
     part = dataclasses.replace(
@@ -129,7 +131,13 @@ def predict_foremost(
 
 
 def _foremost(
-    queries: Queries, keys: Keys, boundary: Boundary, options: Options, grid: Grid, judged: int
+    queries: Queries,
+    keys: Keys,
+    boundary: Boundary,
+    near: jax.Array,
+    options: Options,
+    grid: Grid,
+    judged: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The key tiles that tiles look into, and the mass of the others.
 
@@ -142,11 +150,10 @@ def _foremost(
     spread = scores(square, keys.key_tile_variance, grid)[0]
     log_mass = logit + spread * slope / 2 + keys.key_tile_log_count[:, None, None, None]
     seen = grid.by_key_tile(boundary.seen).any(-1)
-    cut = grid.by_key_tile(boundary.seen & ~boundary.whole).any(-1)
+    exact = grid.by_key_tile(boundary.seen & (~boundary.whole | near)).any(-1)
     log_mass = jnp.where(seen[..., None, :], log_mass, -jnp.inf)
     importance = over_queries(jnp.square(softmax(log_mass)), weight)
-    # What the boundary cuts is exact.
-    importance = jnp.where(cut, 2.0, jnp.where(seen, importance, -1.0))
+    importance = jnp.where(exact, 2.0, jnp.where(seen, importance, -1.0))
     index = jnp.sort(lax.top_k(importance, judged)[1], axis=-1)
     kept = jnp.zeros(importance.shape, bool)
     where = tuple(jnp.ogrid[tuple(slice(size) for size in index.shape)])[:-1]

@@ -41,8 +41,10 @@ CANDIDATES = 2.0
 as many key tiles."""
 FLOOR = 0.25
 """This share of the budget of the granules, the most important ones of a tile, is exact."""
+NEAR = 0.5
+"""Besides these, under a causal mask, this share of their number: the nearest before a tile."""
 NOMINAL = 0.125
-"""What counts as budget in the two above where none is given."""
+"""What counts as budget in these where none is given."""
 _LEAST_CANDIDATES = 0.0625
 _STATE_SHARE = 0.25
 """The state may take this share of the budget."""
@@ -182,9 +184,11 @@ def break_even(
     def of_tiles(tiles: jax.Array) -> jax.Array:
         bounds = boundary(operands, options, grid, tiles)
         of_these = queries.at(tiles)
+        seen = bounds.seen.sum(-1, keepdims=True)
+        near = _near(tiles, seen, options, grid, adaptation)
         if split is not None:
             errors = predict_foremost(
-                of_these, keys, split, bounds, options, grid, candidates, judged
+                of_these, keys, split, bounds, near, options, grid, candidates, judged
             )
         else:
             errors = predict(of_these, keys, bounds, operands, options, grid, tiles, candidates)
@@ -197,14 +201,13 @@ def break_even(
             exact = jnp.where(bounds.super_whole, least, exact)
             apart = errors.super_mean - errors.mean
             mean = jnp.where(bounds.super_whole, apart, jnp.inf)
-        # The most important granules are exact.
-        seen = bounds.seen.sum(-1, keepdims=True)
+        # The most important granules are exact, and the nearest.
         count = jnp.ceil(floor_share(adaptation) * seen).astype(jnp.int32)
         best = lax.top_k(jnp.where(bounds.seen, errors.importance, -1.0), most)[0]
         count = jnp.broadcast_to(count, (*best.shape[:-1], 1))
         least_best = jnp.take_along_axis(best, jnp.clip(count - 1, 0, most - 1), axis=-1)
         # At any that errors explain; beyond, where a budget leaves no room, in their order.
-        kept = errors.importance >= least_best
+        kept = (errors.importance >= least_best) | near
         exact = _upper_half(exact)
         exact = jnp.where(kept, _KEPT + (exact >> 3), exact)
         exact = jnp.where(bounds.whole, exact, _INFINITE)
@@ -241,6 +244,20 @@ def judged_share(adaptation: Adaptation) -> float:
 def floor_share(adaptation: Adaptation) -> float:
     """Share of the granules that a tile sees that is exact."""
     return FLOOR * (adaptation.budget or NOMINAL)
+
+
+def _near(
+    tiles: jax.Array, seen: jax.Array, options: Options, grid: Grid, adaptation: Adaptation
+) -> jax.Array:
+    """Which granules a causal tile keeps exact because they lie just before it, [..., n, granules].
+
+    Means say the least of neighbours: RoPE turns some features by a radian a position.
+    """
+    if not options.causal:
+        return jnp.zeros((tiles.shape[0], grid.granules), bool)
+    before = jnp.ceil(NEAR * floor_share(adaptation) * seen).astype(jnp.int32)
+    own = (tiles * grid.positions // GRANULE)[:, None]
+    return jnp.arange(grid.granules) >= own - before
 
 
 def used(price: jax.Array) -> jax.Array:

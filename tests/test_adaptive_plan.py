@@ -131,6 +131,20 @@ def test_heads_that_need_more_get_more(rng):
     assert rows[0] < 0.5 * rows[1:].min(), rows
 
 
+def test_the_nearest_granules_are_exact_at_any_price(rng):
+    q, k, v = clustered(rng, 2048)
+    plan = plan_tiles(q, k, v, Adaptation(threshold=1e20, query_tile=64), is_causal=True)
+    level = np.asarray(unpack_levels(plan.levels, plan.grid.granules))
+    start = np.arange(plan.grid.granules) * 16
+    first = np.arange(plan.grid.tiles)[:, None] * plan.grid.positions
+    end = first + plan.grid.positions
+    # A 64th of what is seen, rounded up, and twice as many for their importance.
+    count = -(-end // (64 * 16))
+    assert (level[..., (start >= first - 16 * count) & (start < end)] == EXACT).all()
+    exact = ((level == EXACT) & (start < first)).sum(-1)
+    assert (exact <= 3 * count[:, 0]).all()
+
+
 @pytest.mark.parametrize(("levels", "stages"), [((0,), 2), ((0, 1), 1), ((0, 1, 2), 2)])
 def test_only_levels_in_use(levels, stages, rng):
     q, k, v = clustered(rng, 2048)

@@ -68,6 +68,19 @@ def test_looks_into_the_key_tiles_that_are_asked_for(rng, half_judged):
     assert error < 0.02
 
 
+def test_the_nearest_granules_are_exact_whatever_they_weigh(rng, half_judged):
+    operands = operands_of(rng)
+    direction = np.eye(HEAD_DIM, dtype=np.float32)[0]
+    q = 0.1 * operands[Slot.Q] + 6 * direction
+    k = (0.1 * operands[Slot.K]).at[:, 3072:].add(-3 * direction)
+    plan = plan_tiles(q, k, operands[Slot.V], ADAPTATION, is_causal=True).validate()
+    level = np.asarray(unpack_levels(plan.levels, GRID.granules))[0]
+    for tile in range(3328 // GRID.positions, GRID.tiles):
+        first = tile * GRID.positions // 16
+        # A fortieth of 212 granules and more.
+        assert (level[:, tile, first - 5 : first] == EXACT).all()
+
+
 def test_budget_is_kept_and_planning_costs_less(rng, set_traced):
     operands = operands_of(rng)
     stage_1 = dataclasses.replace(ADAPTATION, stages=1, levels=(0, 1))

@@ -173,7 +173,7 @@ SHARED_LAMBDA = Contender(
 VARIANTS = [
     contender("emulation, levels 0 and 1", Routing(highest=MEAN)),
     contender("emulation, one stage", Routing(refine=0.0)),
-    contender("emulation, near", Routing(near=0.125)),
+    contender("emulation, not near", Routing(near=0.0)),
     contender("emulation, pairs of queries", Routing(fine_queries=2)),
     contender("emulation, every query", Routing(fine_queries=1, refine=1.25)),
     contender("emulation, foresight", Routing(foresight=True)),

@@ -45,7 +45,7 @@ class Routing:
     highest: int = 2
     refine: float = 2.0
     floor: float = 0.25
-    near: float = 0.0
+    near: float = 0.125
     fine_queries: int = FINE
     foresight: bool = False
 

@@ -2,7 +2,7 @@
 // stage 1 (jax_aat/hierarchy.py). Of the others the mass counts. What is noted of granules has a place
 // by itself then, in the order of the key tiles that are looked into.
 
-#define CUT_IMPORTANCE 2.0  // above all: what the boundary cuts is exact
+#define EXACT_IMPORTANCE 2.0  // above all: what the boundary cuts is exact, and what is near
 
 // Of the kernel: products of the super-tiles, or of the key tiles, that the tile may see, given to
 // put_super_tile and put_key_tile.
@@ -44,7 +44,7 @@ uint key_tile_note(Tile tile, uint key_tile, inout uint seen) {
     Boundary boundary = boundary_of(tile.bounds, tile.number, granule);
     if (!boundary.seen) continue;
     ++seen;
-    note |= boundary.whole ? MARK_SEEN : with_importance(MARK_SEEN, CUT_IMPORTANCE);
+    note |= boundary.whole ? MARK_SEEN : with_importance(MARK_SEEN, EXACT_IMPORTANCE);
   }
   return note;
 }
@@ -82,6 +82,7 @@ uint look_into_foremost(inout Tile tile) {
   for (uint sub = gl_LocalInvocationID.x; sub < SUBS; sub += THREADS) sub_outside[sub] = -INFINITY;
   barrier();
   uvec2 seen = weigh_key_tiles(tile, first, end);
+  uint near = near_from(tile, seen.y);
   for (uint next = first + gl_LocalInvocationID.x; next < end; next += THREADS * AT_ONCE) {
     vec4 mass[AT_ONCE][SUB_QUADS];
     load_key_tiles_ahead(next, end, mass);
@@ -89,7 +90,9 @@ uint look_into_foremost(inout Tile tile) {
       uint i = next + j * THREADS;
       if (i >= end) break;
       uint note = note_of(i);
-      if (note == MARK_SEEN) set_note(i, with_importance(note, importance_of(mass[j])));
+      if (note != MARK_SEEN) continue;
+      bool is_near = (i + 1) * KEY_TILE_GRANULES > near;
+      set_note(i, with_importance(note, is_near ? EXACT_IMPORTANCE : importance_of(mass[j])));
     }
   }
   sync_slab();

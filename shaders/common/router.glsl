@@ -156,6 +156,14 @@ void judge_granules(Tile tile) {
   }
 }
 
+// The granule from which on those that a causal tile sees, so many of all, are exact because they are
+// near.
+uint near_from(Tile tile, uint seen) {
+  if (!has(FEATURE_CAUSAL)) return 0xffffffffu;
+  uint own = tile.number * PARAMS.plan_positions / GRANULE_ROWS;
+  return own - min(own, uint(ceil(NEAR * PARAMS.floor_share * float(seen))));
+}
+
 #include "common/foremost.glsl"
 
 // The logarithms of the sums of mass by finer sub-queries, of n candidates and of the rest, of which
@@ -321,15 +329,15 @@ void write_prices(Tile tile, uvec2 prices) {
   }
 }
 
-// The n most important granules stay exact at any price that errors explain, and beyond, where a
-// budget leaves no room, in the order of theirs. Returns whether those that are not looked into, of no
-// importance, are among them.
-bool keep_foremost(Tile tile, uvec2 prices, uint n) {
+// The n most important granules and those from `near` on stay exact at any price that errors explain,
+// and beyond, where a budget leaves no room, in the order of theirs. Returns whether those that are
+// not looked into, of no importance, are among them.
+bool keep_foremost(Tile tile, uvec2 prices, uint n, uint near) {
   uint least = nth_key(tile.first_place, tile.end_place, n).x;
   for (uint place = tile.first_place + gl_LocalInvocationID.x; place < tile.end_place;
        place += THREADS) {
     uint note = note_of(place);
-    if (!is_seen(note) || key_of(note) < least) continue;
+    if (!is_seen(note) || (key_of(note) < least && granule_at(place) < near)) continue;
     uint at = price_place(place), price = Words(prices).word[at];
     if (price >> 16 == PRICE_INFINITE) continue;
     Words(prices).word[at] = (PRICE_KEPT + (price >> 19)) << 16 | (price & 0xffffu);
@@ -391,7 +399,7 @@ void price_tile(Tile tile) {
   bool keeps_others = false;
   if (seen != 0) {
     uint n = uint(ceil(PARAMS.floor_share * float(seen_anywhere)));
-    keeps_others = keep_foremost(tile, prices, n);
+    keeps_others = keep_foremost(tile, prices, n, near_from(tile, seen_anywhere));
   }
   price_others(tile, prices, keeps_others);
 }
