@@ -15,6 +15,9 @@ _SUPER_TILES = (256, 512, 1024)
 _SHORT = 4096
 """Keys up to which a sequence is short: what a tile must read of it weighs more than what tiles
 cost."""
+_LONG = 32768
+"""Keys beyond which a sequence is long: for the same loss one stage and a larger budget take less
+time than two stages (docs/adaptation.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Adaptation:
       super_tile: Keys of a super-tile, the unit of level 2 and of the state: 256, 512 or 1,024;
         None: 256 where there are up to 4,096 keys, else 1,024.
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
-        foremost granules also by means of 4.
+        foremost granules also by means of 4; None: 2 where there are up to 32,768 keys, else 1.
       audit_rate: Fraction of the query rows that an audit computes exactly as well.
       replan_every: Calls that a plan carried in a state serves.
 
@@ -51,7 +54,7 @@ class Adaptation:
     levels: tuple[int, ...] = (EXACT, MEAN, SUPER_MEAN)
     query_tile: int | None = None
     super_tile: int | None = None
-    stages: int = 2
+    stages: int | None = None
     audit_rate: float = 1 / 64
     replan_every: int = 1
 
@@ -82,7 +85,7 @@ class Adaptation:
             raise ValueError(f"audit_rate: got {self.audit_rate}, expected a fraction of at most 1")
         sizes = {"query_tile": _QUERY_TILES, "super_tile": _SUPER_TILES, "stages": (1, 2)}
         for name, allowed in sizes.items():
-            if name != "stages" and getattr(self, name) is None:
+            if getattr(self, name) is None:
                 continue
             expected = " or ".join(map(str, allowed))
             value = _integer(name, getattr(self, name), expected)
@@ -107,6 +110,10 @@ class Adaptation:
         query_tile, super_tile = (64, 256) if keys <= _SHORT else (128, 1024)
         query_tile, super_tile = self.query_tile or query_tile, self.super_tile or super_tile
         return Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
+
+    def stages_for(self, keys: int) -> int:
+        """Stages by which a call of S keys is judged."""
+        return self.stages or (2 if keys <= _LONG else 1)
 
 
 def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:

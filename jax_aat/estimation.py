@@ -111,10 +111,13 @@ class Sizes:
     adaptation: Adaptation | None
 
     def of_length(self, queries: int) -> Sizes:
-        """A shorter call, with keys in the same proportion, and tiles of the same size."""
+        """A shorter call, with keys in proportion, planned by the same tiles and stages."""
         keys = max(1, round(self.keys * queries / self.queries))
         adaptation = self.adaptation and dataclasses.replace(
-            self.adaptation, query_tile=self._grid.query_tile, super_tile=self._grid.super_tile
+            self.adaptation,
+            query_tile=self._grid.query_tile,
+            super_tile=self._grid.super_tile,
+            stages=self.adaptation.stages_for(self.keys),
         )
         return dataclasses.replace(self, queries=queries, keys=keys, adaptation=adaptation)
 
@@ -210,7 +213,7 @@ class Sizes:
                 "query_tile": self._grid.query_tile,
                 "super_tile": self._grid.super_tile,
                 "level_count": len(self.adaptation.levels),
-                "candidate_share": candidate_share(self.adaptation),
+                "candidate_share": candidate_share(self.adaptation, self._grid),
                 "judged_key_tiles": self._judged_key_tiles,
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }

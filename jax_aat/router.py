@@ -176,7 +176,7 @@ def break_even(
       [B, L, I, granules]; 0 where nothing is seen.
     """
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
-    candidates = candidate_share(adaptation)
+    candidates = candidate_share(adaptation, grid)
     most = math.ceil(floor_share(adaptation) * grid.granules)
     judged = judged_key_tiles(operands, grid, judged_share(adaptation))
     split = keys.by_key_tile(grid) if judged < grid.key_tiles else None
@@ -231,9 +231,9 @@ def break_even(
     return jnp.moveaxis(joined, 0, 2)
 
 
-def candidate_share(adaptation: Adaptation) -> float:
+def candidate_share(adaptation: Adaptation, grid: Grid) -> float:
     """Share of the granules that a tile sees that stage 2 looks at."""
-    return 0.0 if adaptation.stages == 1 else judged_share(adaptation)
+    return 0.0 if adaptation.stages_for(grid.keys) == 1 else judged_share(adaptation)
 
 
 def judged_share(adaptation: Adaptation) -> float:
@@ -448,7 +448,7 @@ def planning_flops(
     # A tile and a granule that it sees stand for that many pairs.
     a_pair = GRANULE * grid.query_tile
     to_super = coarse * GRANULE / grid.super_tile / 2
-    candidates = candidate_share(adaptation)
+    candidates = candidate_share(adaptation, grid)
     finer = fine * (GRANULE // FINE)
     dense = dense_flops(operands, options, grid)
     judged = judged_key_tiles(operands, grid, judged_share(adaptation))

@@ -129,6 +129,17 @@ def test_longer_calls_are_measured_until_one_takes_long(monkeypatch):
     assert estimate((1, 9000, N, H), dtype="float32").measured_lengths == (4096, 8192)
 
 
+@pytest.mark.parametrize(("length", "stages"), [(2**15, 2), (2**15 + 1, 1)])
+def test_stages_go_by_the_length(length, stages):
+    def sizes(**fields):
+        adaptation = Adaptation(budget=0.1, **fields)
+        return estimation.Sizes(1, length, length, N, K, H, "float32", True, adaptation)
+
+    assert sizes().planning_flops() == sizes(stages=stages).planning_flops()
+    assert sizes().planning_flops() != sizes(stages=3 - stages).planning_flops()
+    assert sizes().of_length(4096).adaptation == sizes(stages=stages).of_length(4096).adaptation
+
+
 def test_the_router_judges_a_share_of_the_keys():
     sizes = estimation.Sizes(1, 2**17, 2**17, N, K, H, "float32", True, Adaptation(budget=0.03))
     half = sizes.of_length(2**16)

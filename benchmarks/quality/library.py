@@ -42,6 +42,7 @@ LIBRARY = _library("jax_aat")
 SETTINGS = [
     _library("jax_aat, tiles of 256", query_tile=256),
     _library("jax_aat, one stage", stages=1),
+    _library("jax_aat, two stages", stages=2),
     _library("jax_aat, one stage, tiles of 256", stages=1, query_tile=256),
 ]
 """The library's attention by other settings than those it chooses."""
