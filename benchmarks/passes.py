@@ -43,28 +43,36 @@ Maker = Callable[[Case, list[Array], bool], Measured]
 """Makes a pass of a case from q, k, v and, if the bool says that it has a backward part, dout."""
 
 
-def watch_memory() -> Callable[[int | None, bool], Memory]:
+def watch_memory() -> Callable[[int | None, Callable[[], object] | None], Memory]:
     """Begins to watch what JAX and this package's Vulkan runtime take of the device.
 
-    XLA's allocator keeps its peak for the life of the process. Where it did not rise, what XLA's
-    own analysis of the program says is all that is known; both are without what Vulkan takes for
-    itself, which is read from its pools, emptied here.
+    XLA's allocator keeps its peak for the life of the process. Where it did not rise, there is what
+    XLA's own analysis of the program says; that is without the scratch that XLA lends to a custom
+    call, which a profile of one more call tells. All are without what Vulkan takes for itself,
+    which is read from its pools, emptied here.
 
     Returns:
-      A function of the bytes by XLA's analysis and whether to add Vulkan's pools.
+      A function of the bytes by XLA's analysis and what runs the program once and waits for it, if
+      it calls this package's Vulkan runtime.
     """
     jax_aat.trim_memory()
     before = _allocator()
 
-    def read(analysed: int | None, with_pools: bool) -> Memory:
+    def read(analysed: int | None, run: Callable[[], object] | None) -> Memory:
         after = _allocator()
         found, source = analysed or 0, "XLA's analysis"
         if after.get("peak_bytes_in_use", 0) > before.get("peak_bytes_in_use", 0):
             measured = after["peak_bytes_in_use"] - before["bytes_in_use"]
             if measured > found:
                 found, source = measured, "peak of XLA's allocator"
-        if with_pools:
-            found += jax_aat.memory_stats().total.reserved_bytes
+        if run is not None:
+            pools = jax_aat.memory_stats().total.reserved_bytes
+            if source == "XLA's analysis":
+                with jax_aat.profile() as profile:
+                    run()
+                found += max((call.lent_bytes for call in profile.calls), default=0)
+                source += ", scratch lent"
+            found += pools
             source += " and Vulkan's pools"
         return (found, source) if found else None
 

@@ -62,7 +62,8 @@ def by_jax(make: Callable[[Case, list[Array], bool], Pass], uses_vulkan: bool = 
     def made(case: Case, arrays: list[Array], backward: bool) -> Measured:
         read = watch_memory()
         found = make(case, arrays, backward)
-        memory = partial(read, found.memory_bytes, uses_vulkan)
+        run = (lambda: found.wait(found.start())) if uses_vulkan else None
+        memory = partial(read, found.memory_bytes, run)
         measured = Measured(**vars(found), memory=memory)
         if not uses_vulkan:
             return measured

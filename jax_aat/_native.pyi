@@ -69,6 +69,7 @@ class ProfiledCall(Record):
 
     bytes: list[float]
     scratch_bytes: int
+    lent_bytes: int
     dtype: str
     batch: int
     queries: int

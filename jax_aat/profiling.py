@@ -77,6 +77,7 @@ class ProfiledCall:
       imported_bytes: Operands and results used where they lay.
       staged_bytes: Operands and results that were copied.
       scratch_bytes: Memory of the device that it took for itself.
+      lent_bytes: What of that XLA lent, which does not show in `memory_stats`.
       exact_pairs: Of a planned call: pairs of a row of queries and an exact row of keys that its
         work lists hold; None: it has no plan.
       coarse_pairs: Likewise with coarse rows.
@@ -104,6 +105,7 @@ class ProfiledCall:
     imported_bytes: int
     staged_bytes: int
     scratch_bytes: int
+    lent_bytes: int
     exact_pairs: float | None
     coarse_pairs: float | None
     most_rows: int | None
@@ -354,6 +356,7 @@ def _call(record: Mapping[str, Any], origin: float, by_kernel: bool) -> Profiled
         imported_bytes=record["imported_bytes"],
         staged_bytes=record["staged_bytes"],
         scratch_bytes=record["scratch_bytes"],
+        lent_bytes=record["lent_bytes"],
         exact_pairs=record["exact_pairs"],
         coarse_pairs=record["coarse_pairs"],
         most_rows=record["most_rows"],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import attention
 import inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import passes
 import pytest
 import sampling
 import tables
@@ -248,6 +251,28 @@ def test_a_row_says_what_ran_and_a_failure_is_a_row(monkeypatch, tmp_path: Path)
     assert [x["keys"] for x in found["speedups"]] == [256]
     assert "failed: RuntimeError: out of memory" in (tmp_path / "found.md").read_text()
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_counts_what_xla_lends(monkeypatch) -> None:
+    """Which neither XLA's analysis nor Vulkan's pools know of: the most of the calls of a pass."""
+    ran: list[int] = []
+
+    @contextlib.contextmanager
+    def profile():
+        yield SimpleNamespace(calls=[SimpleNamespace(lent_bytes=x) for x in (300, 500, 0)])
+
+    monkeypatch.setattr(passes, "_allocator", lambda: {"bytes_in_use": 7, "peak_bytes_in_use": 70})
+    monkeypatch.setattr(passes.jax_aat, "profile", profile)
+    read = passes.watch_memory()
+    pools = jax_aat.memory_stats().total.reserved_bytes
+    counted, source = read(1000, lambda: ran.append(1))
+    assert counted == 1000 + 500 + pools
+    assert source == "XLA's analysis, scratch lent and Vulkan's pools"
+    assert ran
+    assert read(1000, None) == (1000, "XLA's analysis")
+    peaks = iter(({"bytes_in_use": 7, "peak_bytes_in_use": 70}, {"peak_bytes_in_use": 9007}))
+    monkeypatch.setattr(passes, "_allocator", lambda: next(peaks))
+    assert passes.watch_memory()(1000, None) == (9000, "peak of XLA's allocator")
 
 
 def test_times_stand_where_the_rest_cannot_be_told() -> None:

@@ -46,6 +46,19 @@ def test_buffers_are_used_where_they_lie():
     assert jax_aat.memory_stats().cuda_imports.live_bytes >= dispatch.imported_bytes
 
 
+def test_scratch_is_lent_by_xla():
+    q, k, v = random_qkv((1, 1024, 4, 64))
+    call = jax.jit(
+        lambda *x: jax_aat.tiled_attention(
+            *x, adaptation=jax_aat.Adaptation(budget=0.5), implementation="vulkan"
+        )
+    )
+    with jax_aat.profile() as prof:
+        jax.block_until_ready(call(q, k, v))
+    (made,) = prof.calls
+    assert made.lent_bytes == made.scratch_bytes > 0
+
+
 def test_work_is_ordered_on_the_stream():
     """Each step reads what the step before wrote, by CUDA and by Vulkan in turn."""
     q, k, v = random_qkv((1, 512, 4, 64))

@@ -182,6 +182,7 @@ nb::dict ProfiledCallDict(const ProfiledCall& call) {
   dict["flops"] = flops;
   dict["bytes"] = bytes;
   dict["scratch_bytes"] = record.scratch_bytes;
+  dict["lent_bytes"] = record.lent_bytes;
   dict["dtype"] = std::string(kDtypeNames[record.dtype]);
   dict["batch"] = record.batch;
   dict["queries"] = record.queries;

@@ -164,7 +164,7 @@ void RunOnCuda(const AttentionProblem& problem, const OperandBuffers& buffers, c
 
   const std::lock_guard lock(state.mutex);
   CudaOperands operands(context->memory(), bridge.memory, state, buffers, stream);
-  recorder.Planned(prepared.plan, operands.addresses());
+  recorder.Planned(prepared, operands.addresses());
   std::shared_ptr<CudaStopwatch> stopwatch;
   if (recorder.times_stream()) stopwatch = std::make_shared<CudaStopwatch>(stream);
   operands.CopyIn();

@@ -154,7 +154,7 @@ void RunOnHost(const AttentionProblem& problem, const OperandBuffers& buffers) {
   CallRecorder recorder("cpu", context, problem, buffers);
   PreparedPlan prepared = context->Prepare(recorder.problem());
   HostOperands operands(*context, buffers);
-  recorder.Planned(prepared.plan, operands.addresses());
+  recorder.Planned(prepared, operands.addresses());
   const Submission submission = context->Run(std::move(prepared), operands.addresses(),
                                              {
                                                  .copies_in = operands.copies_in(),

@@ -44,9 +44,11 @@ CallRecorder::CallRecorder(const char* platform, std::shared_ptr<Context> contex
   };
 }
 
-void CallRecorder::Planned(const DispatchPlan& plan, OperandAddresses& addresses) {
+void CallRecorder::Planned(const PreparedPlan& prepared, OperandAddresses& addresses) {
+  const DispatchPlan& plan = prepared.plan;
   record_.path = plan.path;
   record_.scratch_bytes = plan.scratch_bytes;
+  record_.lent_bytes = prepared.block ? 0 : plan.scratch_bytes;
   OperandBytes bytes = {};
   for (std::size_t i = 0; i < buffers_.size(); ++i) bytes[i] = buffers_[i].bytes;
   for (const Dispatch& dispatch : plan.dispatches) {

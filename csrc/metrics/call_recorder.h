@@ -19,7 +19,7 @@ class CallRecorder {
   // What is to be planned: the problem, and the counting of its work while a profile wants that.
   const AttentionProblem& problem() const { return problem_; }
   // Before the plan is run, with the addresses that it gets.
-  void Planned(const DispatchPlan& plan, OperandAddresses& addresses);
+  void Planned(const PreparedPlan& prepared, OperandAddresses& addresses);
   const Timestamps* timestamps() const { return record_.timestamps.get(); }
   // Whether the host will read what kernels wrote.
   bool host_reads() const { return work_ != nullptr; }

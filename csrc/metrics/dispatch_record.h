@@ -35,6 +35,7 @@ struct DispatchRecord {
   std::vector<KernelRecord> kernels;  // in the order of their dispatches
   std::uint64_t imported_bytes = 0;   // operands used where they lie
   std::uint64_t scratch_bytes = 0;
+  std::uint64_t lent_bytes = 0;    // scratch that XLA lent
   std::uint64_t staged_bytes = 0;  // operands copied
   std::uint32_t queue = 0;         // of the device
   std::uint32_t thread = 0;        // of the host, counted from 0
