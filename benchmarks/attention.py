@@ -161,14 +161,11 @@ def run_row(
     row: dict[str, Any] = {}
     try:
         made = make(case, arrays if backward else arrays[:3], backward)
-        results = None
+        # Nobody keeps these results: they would count as memory of the next call.
         for _ in range(_WARM_UP):
-            # The results of two calls at once would count as memory of one.
-            del results
-            results = made.wait(made.start())
+            made.wait(made.start())
         row |= {"path": made.path(), **_memory(made)}
-        row |= judge(expected, made, results)
-        del results
+        row |= judge(expected, made, made.wait(made.start()))
         row |= measure(made, repeats, seconds)
     except Exception as error:  # one contender that fails must not hide the others
         return row | {"failed": reason(error)}

@@ -70,8 +70,9 @@ def watch_memory() -> Callable[[int | None, Callable[[], object] | None], Memory
             if source == "XLA's analysis":
                 with jax_aat.profile() as profile:
                     run()
-                found += max((call.lent_bytes for call in profile.calls), default=0)
-                source += ", scratch lent"
+                lent = max((call.lent_bytes for call in profile.calls), default=0)
+                found += lent
+                source += ", scratch lent" if lent else ""
             found += pools
             source += " and Vulkan's pools"
         return (found, source) if found else None

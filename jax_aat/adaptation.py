@@ -16,8 +16,8 @@ _SHORT = 4096
 """Keys up to which a sequence is short: what a tile must read of it weighs more than what tiles
 cost."""
 _LONG = 32768
-"""Keys beyond which a sequence is long: for the same loss one stage and a larger budget take less
-time than two stages (docs/adaptation.md)."""
+"""Keys beyond which a causal sequence is long: for the same loss one stage and a larger budget take
+less time than two stages (docs/adaptation.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Adaptation:
       super_tile: Keys of a super-tile, the unit of level 2 and of the state: 256, 512 or 1,024;
         None: 256 where there are up to 4,096 keys, else 1,024.
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
-        foremost granules also by means of 4; None: 2 where there are up to 32,768 keys, else 1.
+        foremost granules also by means of 4; None: 1 in causal calls of more than 32,768 keys,
+        else 2.
       audit_rate: Fraction of the query rows that an audit computes exactly as well.
       replan_every: Calls that a plan carried in a state serves.
 
@@ -111,9 +112,9 @@ class Adaptation:
         query_tile, super_tile = self.query_tile or query_tile, self.super_tile or super_tile
         return Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
 
-    def stages_for(self, keys: int) -> int:
+    def stages_for(self, keys: int, causal: bool) -> int:
         """Stages by which a call of S keys is judged."""
-        return self.stages or (2 if keys <= _LONG else 1)
+        return self.stages or (1 if causal and keys > _LONG else 2)
 
 
 def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:

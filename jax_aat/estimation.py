@@ -117,7 +117,7 @@ class Sizes:
             self.adaptation,
             query_tile=self._grid.query_tile,
             super_tile=self._grid.super_tile,
-            stages=self.adaptation.stages_for(self.keys),
+            stages=self.adaptation.stages_for(self.keys, self.causal),
         )
         return dataclasses.replace(self, queries=queries, keys=keys, adaptation=adaptation)
 
@@ -213,7 +213,7 @@ class Sizes:
                 "query_tile": self._grid.query_tile,
                 "super_tile": self._grid.super_tile,
                 "level_count": len(self.adaptation.levels),
-                "candidate_share": candidate_share(self.adaptation, self._grid),
+                "candidate_share": candidate_share(self.adaptation, self._options, self._grid),
                 "judged_key_tiles": self._judged_key_tiles,
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }

@@ -58,14 +58,17 @@ def predict_foremost(
     grid: Grid,
     candidates: float,
     judged: int,
-) -> Errors:
+) -> tuple[Errors, jax.Array]:
     """`predict` where each tile looks into its `judged` foremost key tiles.
 
     Granules elsewhere have no error and no importance: they are not worth a row of their own.
     Arguments are those of `predict`, the keys split by `Keys.by_key_tile`, and which granules are
-    exact because they are near, whose key tiles are looked into.
+    near, whose key tiles are looked into where there are not too many that the boundary cuts.
+
+    Returns:
+      The errors, and which granules are looked into, [B, L, n, granules].
     """
-    index, outside = _foremost(queries, keys, boundary, near, options, grid, judged)
+    index, kept, outside = _foremost(queries, keys, boundary, near, options, grid, judged)
     batch, lists, tiles = index.shape[:3]
     size = KEY_TILE // GRANULE
     part = dataclasses.replace(
@@ -127,7 +130,7 @@ def predict_foremost(
     of_list = jax.vmap(of_tile, in_axes=(1, None, 1, 1, 1), out_axes=1)
     of_lists = jax.vmap(of_list, in_axes=1, out_axes=1)
     found: Errors = of_lists(queries, split, whole, index, outside)
-    return found
+    return found, jnp.repeat(kept, size, axis=-1)[..., : grid.granules]
 
 
 def _foremost(
@@ -138,12 +141,13 @@ def _foremost(
     options: Options,
     grid: Grid,
     judged: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The key tiles that tiles look into, and the mass of the others.
 
     Returns:
-      Indices [B, L, n, judged] in ascending order and the logarithm of the mass that each
-      sub-query gives to what is seen elsewhere, [B, L, n, A].
+      Indices [B, L, n, judged] in ascending order, whether a key tile is among them [B, L, n, key
+      tiles], and the logarithm of the mass that each sub-query gives to what is seen elsewhere,
+      [B, L, n, A].
     """
     mean, square, weight = mean_queries(queries)
     logit, slope = scores(mean, keys.key_tile_mean, grid, options)
@@ -158,4 +162,4 @@ def _foremost(
     kept = jnp.zeros(importance.shape, bool)
     where = tuple(jnp.ogrid[tuple(slice(size) for size in index.shape)])[:-1]
     kept = kept.at[(*where, index)].set(True)
-    return index, log_sum(jnp.where(kept[..., None, :], -jnp.inf, log_mass))
+    return index, kept, log_sum(jnp.where(kept[..., None, :], -jnp.inf, log_mass))

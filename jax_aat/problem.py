@@ -147,7 +147,8 @@ class Options:
       level_count: Where a plan is made, the number of levels in use.
       candidate_share: Likewise, the share of the granules that a tile sees that the router judges
         twice.
-      floor_share: Likewise, the share of them that is exact for its importance.
+      floor_share: Likewise, the share of them that is exact for its importance; half as much, in
+        causal calls, is for being near.
       judged_key_tiles: Likewise, how many key tiles a tile looks into.
       corrects: Where a call with a plan makes its coarse rows, whether the state corrects them.
     """

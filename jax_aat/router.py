@@ -42,7 +42,8 @@ as many key tiles."""
 FLOOR = 0.25
 """This share of the budget of the granules, the most important ones of a tile, is exact."""
 NEAR = 0.5
-"""Besides these, under a causal mask, this share of their number: the nearest before a tile."""
+"""Besides these, in causal and masked calls, this share of their number: the nearest before a
+tile."""
 NOMINAL = 0.125
 """What counts as budget in these where none is given."""
 _LEAST_CANDIDATES = 0.0625
@@ -176,7 +177,7 @@ def break_even(
       [B, L, I, granules]; 0 where nothing is seen.
     """
     queries, keys = Queries.of(operands, options, grid), Keys.of(operands, grid)
-    candidates = candidate_share(adaptation, grid)
+    candidates = candidate_share(adaptation, options, grid)
     most = math.ceil(floor_share(adaptation) * grid.granules)
     judged = judged_key_tiles(operands, grid, judged_share(adaptation))
     split = keys.by_key_tile(grid) if judged < grid.key_tiles else None
@@ -185,11 +186,12 @@ def break_even(
         bounds = boundary(operands, options, grid, tiles)
         of_these = queries.at(tiles)
         seen = bounds.seen.sum(-1, keepdims=True)
-        near = _near(tiles, seen, options, grid, adaptation)
+        near = _near(tiles, seen, operands, options, grid, adaptation)
         if split is not None:
-            errors = predict_foremost(
+            errors, looked_into = predict_foremost(
                 of_these, keys, split, bounds, near, options, grid, candidates, judged
             )
+            near &= looked_into
         else:
             errors = predict(of_these, keys, bounds, operands, options, grid, tiles, candidates)
         if MEAN not in adaptation.levels:
@@ -231,9 +233,10 @@ def break_even(
     return jnp.moveaxis(joined, 0, 2)
 
 
-def candidate_share(adaptation: Adaptation, grid: Grid) -> float:
+def candidate_share(adaptation: Adaptation, options: Options, grid: Grid) -> float:
     """Share of the granules that a tile sees that stage 2 looks at."""
-    return 0.0 if adaptation.stages_for(grid.keys) == 1 else judged_share(adaptation)
+    stages = adaptation.stages_for(grid.keys, options.causal)
+    return 0.0 if stages == 1 else judged_share(adaptation)
 
 
 def judged_share(adaptation: Adaptation) -> float:
@@ -247,17 +250,25 @@ def floor_share(adaptation: Adaptation) -> float:
 
 
 def _near(
-    tiles: jax.Array, seen: jax.Array, options: Options, grid: Grid, adaptation: Adaptation
+    tiles: jax.Array,
+    seen: jax.Array,
+    operands: Operands,
+    options: Options,
+    grid: Grid,
+    adaptation: Adaptation,
 ) -> jax.Array:
-    """Which granules a causal tile keeps exact because they lie just before it, [..., n, granules].
+    """Which granules a tile keeps exact because they lie just before it, [..., n, granules].
 
-    Means say the least of neighbours: RoPE turns some features by a radian a position.
+    Means say the least of neighbours: RoPE turns some features by a radian a position. A mask may
+    be a causal one.
     """
-    if not options.causal:
+    if not options.causal and Slot.MASK not in operands:
         return jnp.zeros((tiles.shape[0], grid.granules), bool)
     before = jnp.ceil(NEAR * floor_share(adaptation) * seen).astype(jnp.int32)
-    own = (tiles * grid.positions // GRANULE)[:, None]
-    return jnp.arange(grid.granules) >= own - before
+    first = tiles[:, None] * grid.positions
+    own, last = first // GRANULE, (first + grid.positions - 1) // GRANULE
+    granule = jnp.arange(grid.granules)
+    return (granule >= own - before) & (granule <= last)
 
 
 def used(price: jax.Array) -> jax.Array:
@@ -448,7 +459,7 @@ def planning_flops(
     # A tile and a granule that it sees stand for that many pairs.
     a_pair = GRANULE * grid.query_tile
     to_super = coarse * GRANULE / grid.super_tile / 2
-    candidates = candidate_share(adaptation, grid)
+    candidates = candidate_share(adaptation, options, grid)
     finer = fine * (GRANULE // FINE)
     dense = dense_flops(operands, options, grid)
     judged = judged_key_tiles(operands, grid, judged_share(adaptation))

@@ -129,11 +129,13 @@ def test_longer_calls_are_measured_until_one_takes_long(monkeypatch):
     assert estimate((1, 9000, N, H), dtype="float32").measured_lengths == (4096, 8192)
 
 
-@pytest.mark.parametrize(("length", "stages"), [(2**15, 2), (2**15 + 1, 1)])
-def test_stages_go_by_the_length(length, stages):
+@pytest.mark.parametrize(
+    ("length", "causal", "stages"), [(2**15, True, 2), (2**15 + 1, True, 1), (2**15 + 1, False, 2)]
+)
+def test_stages_go_by_the_length(length, causal, stages):
     def sizes(**fields):
         adaptation = Adaptation(budget=0.1, **fields)
-        return estimation.Sizes(1, length, length, N, K, H, "float32", True, adaptation)
+        return estimation.Sizes(1, length, length, N, K, H, "float32", causal, adaptation)
 
     assert sizes().planning_flops() == sizes(stages=stages).planning_flops()
     assert sizes().planning_flops() != sizes(stages=3 - stages).planning_flops()

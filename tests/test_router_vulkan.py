@@ -85,7 +85,7 @@ def differ(ours, theirs, dtype):
         halves = [x >> shift & 0xFFFF for x in (ours, theirs)]
         upper = (np.maximum(half, TINY) for half in halves)
         units.append(np.abs(np.subtract(*upper)) > UNITS[dtype])
-        # 0 stands for what is not seen, but a device may make it of products below 2^-126, too.
+        # 0 stands for what is not seen; which of numbers so small become 0 is rounding's, too.
         explained.append(np.max(halves, axis=0) <= TINY)
     seen = ((ours == 0) != (theirs == 0)) & ~np.all(explained, axis=0)
     return np.stack([seen, *units])
@@ -312,6 +312,26 @@ def test_foremost_with_lengths(causal, rng, few_judged):
     for slot in (Slot.K, Slot.V):
         operands[slot] = operands[slot].at[1, 1100:].set(jnp.nan)
     assert_alike(operands, Options(SCALE, causal), Adaptation(budget=0.25, query_tile=128))
+
+
+@pytest.mark.parametrize(("keys", "length"), [(3400, 3104), (3240, 3240)])
+def test_a_key_tile_is_near_by_what_is_seen_of_it(keys, length, rng, few_judged):
+    """Of the last one that is seen, here by its end alone, and least important."""
+    operands = clustered(rng, 3400, keys, 2, 1, head_dim=8, batch=1)
+    operands[Slot.Q] = operands[Slot.Q].at[..., 0].set(4.0)
+    key = operands[Slot.K].at[..., 0].set(0.0)
+    operands[Slot.K] = key.at[:, length // 128 * 128 : length, :, 0].set(-8.0)
+    operands[Slot.KV_LENGTHS] = jnp.asarray([length], jnp.int32)
+    assert_alike(operands, Options(SCALE, True), Adaptation(budget=0.25, query_tile=128))
+
+
+def test_near_key_tiles_behind_more_that_are_cut_than_a_tile_looks_into(rng, few_judged):
+    operands = clustered(rng, 3200, 3200, 2, 1, head_dim=8, batch=1)
+    position = np.arange(3200)
+    ids = np.where(position < 2048, position % 2, 1)
+    operands[Slot.Q_SEGMENTS] = jnp.ones((1, 3200), jnp.int32)
+    operands[Slot.KV_SEGMENTS] = jnp.asarray(ids[None], jnp.int32)
+    assert_alike(operands, Options(SCALE, True), Adaptation(budget=0.25, query_tile=128))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

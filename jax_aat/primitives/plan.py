@@ -125,7 +125,7 @@ def _bind(
     options = dataclasses.replace(
         options.planned(grid),
         level_count=len(adaptation.levels),
-        candidate_share=router.candidate_share(adaptation, grid),
+        candidate_share=router.candidate_share(adaptation, options, grid),
         floor_share=router.floor_share(adaptation),
         judged_key_tiles=judged_key_tiles(operands, grid, share),
     )

@@ -49,6 +49,16 @@ uint key_tile_note(Tile tile, uint key_tile, inout uint seen) {
   return note;
 }
 
+// Whether a key tile has a granule that is seen and lies so near.
+bool holds_near(Tile tile, uint key_tile, uint near) {
+  uint first = max(max(key_tile * KEY_TILE_GRANULES, tile.first), near);
+  uint end = min((key_tile + 1) * KEY_TILE_GRANULES, tile.end);
+  for (uint granule = first; granule < end; ++granule) {
+    if (boundary_of(tile.bounds, tile.number, granule).seen) return true;
+  }
+  return false;
+}
+
 // Notes key tiles and weighs them into sub_log_sum. Returns how many are seen, and how many granules.
 uvec2 weigh_key_tiles(Tile tile, uint first, uint end) {
   uvec2 seen = uvec2(0);
@@ -91,8 +101,8 @@ uint look_into_foremost(inout Tile tile) {
       if (i >= end) break;
       uint note = note_of(i);
       if (note != MARK_SEEN) continue;
-      bool is_near = (i + 1) * KEY_TILE_GRANULES > near;
-      set_note(i, with_importance(note, is_near ? EXACT_IMPORTANCE : importance_of(mass[j])));
+      bool exact = holds_near(tile, i, near);
+      set_note(i, with_importance(note, exact ? EXACT_IMPORTANCE : importance_of(mass[j])));
     }
   }
   sync_slab();

@@ -144,7 +144,7 @@ struct AttentionParams {
   // Of a call that makes one:
   uint level_count;       // levels in use: 1: exact or hidden, 2: means of granules, 3: of super-tiles
   float candidate_share;  // of the granules that a tile sees, those that the router judges twice
-  float floor_share;      // those that are exact for their importance
+  float floor_share;      // those exact for their importance; see NEAR in common/router.glsl
   uint judged_key_tiles;  // that a tile looks into: all, or the foremost
   uint priced_key_tiles;  // of a row of prices; 0: it has those of all granules (common/prices.glsl)
   OperandLayout operand[OPERAND_COUNT];

@@ -7,7 +7,6 @@
 
 #define PRICE_INFINITE 0x7f80u
 #define PRICE_KEPT 0x6f00u  // 2^95: no error reaches it
-#define NEAR 0.5             // router.py
 #define NO_KEY_TILE 0xffffffffu
 
 // Words past the prices of such a row: granules elsewhere that are exact at any price, those of the

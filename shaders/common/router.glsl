@@ -7,6 +7,7 @@
 #include "common/log_sums.glsl"
 
 const float LARGEST_VARIANCE = 2.0;
+const float NEAR = 0.5;  // router.py
 shared float fine_log_sum[FINE_SUBS];  // as sub_log_sum, by finer sub-queries, after stage 2
 
 struct Tile {
@@ -156,8 +157,7 @@ void judge_granules(Tile tile) {
   }
 }
 
-// The granule from which on those that a causal tile sees, so many of all, are exact because they are
-// near.
+// From which granule on a causal tile, which sees so many, keeps them exact because they are near.
 uint near_from(Tile tile, uint seen) {
   if (!has(FEATURE_CAUSAL)) return 0xffffffffu;
   uint own = tile.number * PARAMS.plan_positions / GRANULE_ROWS;
