@@ -160,6 +160,7 @@ def scratch_bytes(
     level_count: int = 0,
     candidate_share: float = 0.0,
     judged_key_tiles: int = 0,
+    list_capacity: int = 0,
     corrects: bool = False,
 ) -> int:
     """Memory that a plain call takes besides operands and results.
@@ -175,6 +176,7 @@ def scratch_bytes(
       level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
       candidate_share: See there.
       judged_key_tiles: See there.
+      list_capacity: See there; 0 where the plan is kept.
       corrects: See there.
     """
 

@@ -17,9 +17,11 @@ import numpy as np
 
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
+from jax_aat.adaptive import plans_in_one_submission
 from jax_aat.attention import tiled_attention
 from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import GRANULE, KEY_TILE, Grid
+from jax_aat.lists import Capacity
 from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import (
@@ -201,26 +203,37 @@ class Sizes:
         passes = 2 if gradients else 1
         return size * passes * (2 * query + 2 * key) + 4 * self.batch * self._rows[0]
 
-    def scratch_bytes(self, direction: str) -> int:
-        """Memory that a pass takes besides, as it is planned for the default device."""
+    def scratch_bytes(self, direction: str, gradients: bool) -> int:
+        """Memory that a pass takes besides, as it is planned for the default device.
+
+        Args:
+          direction: "forward" or "backward".
+          gradients: Whether a backward pass follows, which needs the plan.
+        """
         from jax_aat import _native
 
         device = vulkan.default_device()
         assert device is not None
         plan: dict[str, Any] = {}
         if self.adaptation is not None:
+            kept = gradients or not plans_in_one_submission(self._operands, self.adaptation)
             plan = {
                 "query_tile": self._grid.query_tile,
                 "super_tile": self._grid.super_tile,
                 "level_count": len(self.adaptation.levels),
                 "candidate_share": candidate_share(self.adaptation, self._options, self._grid),
                 "judged_key_tiles": self._judged_key_tiles,
+                "list_capacity": 0 if kept else self._list_capacity,
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }
         sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
         return _native.scratch_bytes(
             device.index, direction, self.dtype, sizes, self.causal, **plan
         )
+
+    @property
+    def _list_capacity(self) -> int:
+        return Capacity.of(self._grid, self._options.causal, self._options.window).entries
 
     @property
     def _judged_key_tiles(self) -> int:
@@ -298,7 +311,10 @@ def estimate(
         flops=products + planning,
         relative_flops=(rows + planning) / sizes.dense_flops(),
         operand_bytes=sizes.operand_bytes(gradients),
-        scratch_bytes=max(sizes.scratch_bytes(p) for p in ("forward", "backward")[: 1 + gradients]),
+        scratch_bytes=max(
+            sizes.scratch_bytes(direction, gradients)
+            for direction in ("forward", "backward")[: 1 + gradients]
+        ),
         kernels=kernels,
         measured_lengths=(short.queries, long.queries),
     )

@@ -150,6 +150,7 @@ class Options:
       floor_share: Likewise, the share of them that is exact for its importance; half as much, in
         causal calls, is for being near.
       judged_key_tiles: Likewise, how many key tiles a tile looks into.
+      list_capacity: Likewise, entries that a work list has room for.
       corrects: Where a call with a plan makes its coarse rows, whether the state corrects them.
     """
 
@@ -163,6 +164,7 @@ class Options:
     candidate_share: float = 0.0
     floor_share: float = 0.0
     judged_key_tiles: int = 0
+    list_capacity: int = 0
     corrects: bool = False
 
     def planned(self, grid: Grid) -> "Options":

@@ -184,6 +184,30 @@ def test_lists_of_keys_are_made_for_gradients_alone(rng, set_traced):
         assert has_key_lists(jax.grad(lambda *x, f=function: jnp.sin(f(*x)).sum()))
 
 
+@pytest.mark.parametrize("goal", [{"budget": 0.5}, {"threshold": 1e-3}])
+def test_a_plan_that_nobody_reads_is_no_result(goal, rng, set_traced):
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    operands = inputs(rng, 900)
+    adaptation = Adaptation(**goal, query_tile=32)
+    attend = functools.partial(
+        tiled_attention, adaptation=adaptation, is_causal=True, implementation="vulkan"
+    )
+    plan = plan_tiles(*operands, adaptation, is_causal=True, implementation="vulkan")
+
+    def ran(function):
+        call = jax.jit(function).lower(*operands).compile()
+        return call(*operands), call.memory_analysis().temp_size_in_bytes
+
+    def loss(*operands):
+        out = attend(*operands)
+        return jnp.square(out).sum(), out
+
+    out, alone = ran(attend)
+    ((_, kept_out), _), kept = ran(jax.value_and_grad(loss, has_aux=True))
+    assert alone < plan.list_entries.nbytes < kept
+    assert_same_bits(out, kept_out)
+
+
 def test_second_derivatives(rng, one_submission):
     q, k, v = inputs(rng, 200)
     adaptation = Adaptation(threshold=1e-3, query_tile=16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jax_aat
-from jax_aat import Adaptation, estimate, estimation, profile, tiled_attention
+from jax_aat import Adaptation, adaptive, estimate, estimation, profile, tiled_attention
 from jax_aat.profiling import KernelTime
 
 N, K, H = 4, 2, 16
@@ -28,7 +28,7 @@ def run(queries, keys, *, gradients=False, **options):
         if gradients:
             jax.block_until_ready(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2))(q, k, v))
         else:
-            attend(q, k, v).block_until_ready()
+            jax.jit(attend)(q, k, v).block_until_ready()
     return prof
 
 
@@ -85,6 +85,17 @@ def test_a_budget():
     assert found.flops - planning.planning_flops() == pytest.approx(rows, 0.1)
     assert found.scratch_bytes == sum(call.scratch_bytes for call in calls)
     assert "count_work.f32" not in found.kernels
+
+
+def test_memory_of_a_plan_that_nobody_keeps(set_traced):
+    """Its lists are scratch of the one call that makes it."""
+    for module in (adaptive, estimation):
+        set_traced(module, "plans_in_one_submission", lambda *_: True)
+    adaptation = Adaptation(budget=0.25)
+    shapes = (1, 700, N, H), (1, 700, K, H)
+    found = estimate(*shapes, "float32", adaptation=adaptation, is_causal=True)
+    (call,) = run(700, 700, is_causal=True, adaptation=adaptation).calls
+    assert found.scratch_bytes == call.scratch_bytes
 
 
 LAWS = {

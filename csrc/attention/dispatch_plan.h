@@ -58,10 +58,11 @@ struct Dispatch {
 struct DispatchPlan {
   AttentionParams params;  // addresses of operands are filled in by the runtime
   std::vector<Dispatch> dispatches;
-  // Scratch of the call: slot operand -> byte offset in one buffer of scratch_bytes.
+  // Scratch of the call: slot operand -> its part of one buffer of scratch_bytes.
   struct Scratch {
     std::uint32_t operand;
     std::uint64_t offset;
+    std::uint64_t bytes;
   };
   std::vector<Scratch> scratch;
   std::uint64_t scratch_bytes = 0;

@@ -59,7 +59,8 @@ AttentionProblem ExampleProblem(const ExampleCall& call) {
   params.operand[OPERAND_LSE].head_stride = 1;
 
   if (call.query_tile > 0) {
-    SetPlanShape(params, call.query_tile, call.super_tile, 0, 0);
+    SetPlanShape(params, call.query_tile, call.super_tile, call.list_capacity, 0);
+    problem.keeps_plan = call.list_capacity == 0;
     params.level_count = call.level_count;
     params.candidate_share = call.candidate_share;
     params.judged_key_tiles = call.judged_key_tiles;

@@ -26,6 +26,8 @@ struct ExampleCall {
   std::uint32_t level_count = 0;
   float candidate_share = 0;
   std::uint32_t judged_key_tiles = 0;
+  std::uint32_t list_capacity =
+      0;  // entries of a work list of a plan that nobody keeps; 0: one does
   bool corrects = false;
 };
 

@@ -66,8 +66,20 @@ std::string PlanBuilder::ModuleName(const KernelShape& shape) const {
 }
 
 void PlanBuilder::AddScratch(std::uint32_t slot, std::uint64_t bytes) {
-  plan_.scratch.push_back({slot, plan_.scratch_bytes});
-  plan_.scratch_bytes += DivideUp(bytes, kScratchAlignment) * kScratchAlignment;
+  const std::uint64_t aligned = DivideUp(bytes, kScratchAlignment) * kScratchAlignment;
+  plan_.scratch.push_back({slot, plan_.scratch_bytes, aligned});
+  plan_.scratch_bytes += aligned;
+}
+
+void PlanBuilder::BeginSharedScratch() { shared_begin_ = plan_.scratch_bytes; }
+
+void PlanBuilder::ShareScratch() {
+  shared_end_ = plan_.scratch_bytes;
+  plan_.scratch_bytes = shared_begin_;
+}
+
+void PlanBuilder::EndSharedScratch() {
+  plan_.scratch_bytes = std::max(plan_.scratch_bytes, shared_end_);
 }
 
 void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t words) {

@@ -61,6 +61,12 @@ class PlanBuilder {
   // Scratch of so many words a batch entry; sets the strides along batch axes.
   void AddBatchScratch(std::uint32_t slot, std::uint64_t words);
 
+  // Scratch that is added from the first of these to the second is dead where what is added from
+  // there to the third is used, and lies in the same place.
+  void BeginSharedScratch();
+  void ShareScratch();
+  void EndSharedScratch();
+
   void CountLists(std::uint64_t lists) { plan_.counted_lists = lists; }
 
   DispatchPlan Finish(const char* path);
@@ -74,6 +80,7 @@ class PlanBuilder {
   AttentionParams params_;
   DispatchPlan plan_;
   bool needs_barrier_ = false;
+  std::uint64_t shared_begin_ = 0, shared_end_ = 0;  // of scratch
 };
 
 }  // namespace jax_aat

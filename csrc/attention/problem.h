@@ -22,6 +22,7 @@ struct AttentionProblem {
   std::uint32_t features = 0;            // FEATURE_* bits
   // Shapes, strides and options; the addresses and list strides are still zero.
   AttentionParams params = {};
+  bool keeps_plan = true;    // that it makes; else levels and lists are scratch
   bool counts_work = false;  // that a plan leaves is counted, into OPERAND_WORK_COUNTS
   // dbias: extents of the gradient of bias [batch axes, heads, queries, keys] where a size of 1
   // means that the backward pass sums over the axis.

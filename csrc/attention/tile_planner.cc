@@ -19,6 +19,7 @@ constexpr std::uint32_t kGranuleRows = 16;
 constexpr std::uint32_t kSubQueryPositions = 16;
 constexpr std::uint32_t kFinePositions = 4;
 constexpr std::uint64_t kKeyTileGranules = 8;
+constexpr std::uint32_t kHeaderWords = 4;  // of a tile's list
 constexpr std::uint64_t kOthersWords = 4;  // OTHERS_WORDS of shaders/common/prices.glsl
 // Workgroups of the router, each of which takes many tiles: scratch is not to grow with their
 // number.
@@ -42,16 +43,23 @@ class TilePlanner {
   void Plan() {
     const bool makes_prices = !builder_.Has(FEATURE_PRICES);
     const bool makes_lists = builder_.Has(FEATURE_MAKES_LISTS);
+    const bool keeps_plan = builder_.problem().keeps_plan;
+    if (!keeps_plan) AddLevels();
     if (builder_.Has(FEATURE_SEGMENTS)) AddSegmentRanges();
     if (builder_.Has(FEATURE_SPARE_ROWS)) {
       builder_.AddBatchScratch(OPERAND_HISTOGRAM, kHistogramWords);
       AddPriceStage(kClear,
                     DivideUp(kHistogramWords * std::uint64_t{params_.batch_count}, Threads()));
     }
+    builder_.BeginSharedScratch();
     if (makes_prices) {
       if (makes_lists) AddPrices();
       AddRouter();
     }
+    builder_.ShareScratch();
+    // Lists are made when all prices have become levels.
+    if (!keeps_plan) AddRows(OPERAND_LIST_ENTRIES, 1, params_.list_capacity);
+    builder_.EndSharedScratch();
     if (!makes_lists) return;
     if (builder_.Has(FEATURE_SPARE_ROWS)) {
       const std::uint64_t parts =
@@ -90,6 +98,23 @@ class TilePlanner {
             (super_tiles + DivideUp(params_.plan_tiles, params_.super_tile_granules)) *
                 params_.batch_count);
     dispatch.specialization[kThreads] = params_.super_tile_granules;
+  }
+
+  // As scratch, what of a plan that nobody keeps its lists are made from, and where these begin.
+  void AddLevels() {
+    AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_));
+    AddRows(OPERAND_LIST_HEADERS, params_.plan_tiles, kHeaderWords);
+    if (builder_.Has(FEATURE_SPARE_ROWS)) AddRows(OPERAND_LAMBDA, 1, 1);
+  }
+
+  // Scratch of so many rows a list, of so many words each.
+  void AddRows(std::uint32_t slot, std::uint32_t rows, std::uint32_t words) {
+    OperandLayout& layout = params_.operand[slot];
+    const std::uint64_t a_list = std::uint64_t{rows} * words;
+    layout.head_stride = CheckedStride(a_list);
+    layout.row_stride = words;
+    layout.column_stride = 1;
+    builder_.AddBatchScratch(slot, a_list * Lists());
   }
 
   // As scratch (shaders/common/prices.glsl): of what tiles look into alone, where that is less.

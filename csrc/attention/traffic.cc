@@ -92,10 +92,8 @@ bool IsBackward(const Dispatch& dispatch) {
 }
 
 std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    if (plan.scratch[i].operand != slot) continue;
-    const bool last = i + 1 == plan.scratch.size();
-    return (last ? plan.scratch_bytes : plan.scratch[i + 1].offset) - plan.scratch[i].offset;
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    if (part.operand == slot) return part.bytes;
   }
   return 0;
 }

@@ -39,17 +39,20 @@ constexpr std::uint64_t kLevelsAndLists =
 constexpr std::uint64_t kCoarseRows = Bit(OPERAND_COARSE_K) | Bit(OPERAND_COARSE_V);
 constexpr std::uint64_t kMeans = kCoarseRows | Bit(OPERAND_LEVEL_BIAS);
 
-// Of the pass that makes a plan, or prices only.
+// A call that plans has one of them.
+constexpr std::uint64_t kGoals = Bit(OPERAND_SPARE_ROWS) | Bit(OPERAND_LAMBDA);
+
+// Of the pass that makes a plan, or prices only, or of what attends by a plan of its own.
 PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
-  if (!(attributes.results & Bit(OPERAND_LEVELS))) {
-    return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
-  }
-  // Transposed lists may be left out, both.
-  const std::uint64_t lists =
-      attributes.results & kKeyLists ? kLevelsAndLists : kLevelsAndLists & ~kKeyLists;
+  if (!(attributes.operands & kGoals)) return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
+  // Transposed lists may be left out, both, or the whole plan.
+  const bool keeps_plan = attributes.results & Bit(OPERAND_LEVELS);
+  const std::uint64_t lists = !keeps_plan                      ? 0
+                              : attributes.results & kKeyLists ? kLevelsAndLists
+                                                               : kLevelsAndLists & ~kKeyLists;
   if (attributes.operands & Bit(OPERAND_SPARE_ROWS)) {
     return {kQkv | Bit(OPERAND_SPARE_ROWS), kLengthsAndSegments | Bit(OPERAND_PRICES),
-            lists | Bit(OPERAND_LAMBDA), 0};
+            keeps_plan ? lists | Bit(OPERAND_LAMBDA) : 0, 0};
   }
   return {kQkv | Bit(OPERAND_LAMBDA),
           kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), lists, 0};
@@ -60,7 +63,7 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
   constexpr std::uint64_t kRowCounts = Bit(OPERAND_ROW_COUNTS);
   constexpr std::uint64_t kPlanDerivatives =
       Bit(OPERAND_DCOARSE_K) | Bit(OPERAND_DCOARSE_V) | Bit(OPERAND_DLEVEL_BIAS);
-  if (pass == Pass::kForward && (attributes.results & Bit(OPERAND_LEVELS))) {
+  if (pass == Pass::kForward && (attributes.operands & kGoals)) {
     // Makes its plan itself.
     PassSlots slots = SlotsOfPlanning(attributes);
     slots.required_results |= kOut | Bit(OPERAND_SHARES);
@@ -143,6 +146,11 @@ class CallBuilder {
   AttentionProblem& problem() { return call_.problem; }
   AttentionParams& params() { return call_.problem.params; }
   bool Has(std::uint32_t slot) const { return buffers_[slot].has_value(); }
+
+  // Whether it attends by a plan of its own.
+  bool Plans() const {
+    return call_.problem.pass == Pass::kForward && (attributes_.operands & kGoals) != 0;
+  }
 
   void SetFeature(std::uint32_t bit, bool on) {
     if (on) problem().features |= bit;
@@ -236,8 +244,9 @@ class CallBuilder {
       SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile,
                    trailing(OPERAND_LIST_ENTRIES, 1),
                    Has(OPERAND_KEY_LIST_ENTRIES) ? trailing(OPERAND_KEY_LIST_ENTRIES, 1) : 0);
-    } else if (problem().pass == Pass::kPlan) {
-      SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile, 0, 0);
+    } else if (problem().pass == Pass::kPlan || Plans()) {
+      const std::uint32_t capacity = Plans() ? attributes_.list_capacity : 0;
+      SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile, capacity, 0);
     }
   }
 
@@ -365,9 +374,9 @@ class CallBuilder {
     SetFeature(FEATURE_DK, Has(OPERAND_DK));
     SetFeature(FEATURE_DV, Has(OPERAND_DV));
     SetFeature(FEATURE_DBIAS, Has(OPERAND_DBIAS));
-    SetFeature(FEATURE_PLAN, Has(OPERAND_LEVELS) || problem().pass == Pass::kPlan);
-    const bool makes_means =
-        Has(OPERAND_LEVELS) && problem().pass != Pass::kPlan && !Has(OPERAND_COARSE_K);
+    const bool is_planned = Has(OPERAND_LEVELS) || Plans();
+    SetFeature(FEATURE_PLAN, is_planned || problem().pass == Pass::kPlan);
+    const bool makes_means = is_planned && problem().pass != Pass::kPlan && !Has(OPERAND_COARSE_K);
     const bool corrects = makes_means && attributes_.corrects != 0;
     SetFeature(FEATURE_MAKES_MEANS, makes_means);
     SetFeature(FEATURE_CORRECTS, corrects);
@@ -384,9 +393,7 @@ class CallBuilder {
       SetFeature(FEATURE_DCOARSE_V, makes_means && Has(OPERAND_DV));
       SetFeature(FEATURE_DLEVEL_BIAS, corrects && (Has(OPERAND_DQ) || Has(OPERAND_DK)));
     }
-    if (problem().pass == Pass::kPlan || call_.buffers[OPERAND_LEVELS].result) {
-      SetPlanningOptions();
-    }
+    if (problem().pass == Pass::kPlan || Plans()) SetPlanningOptions();
   }
 
   void SetPlanningOptions() {
@@ -397,7 +404,8 @@ class CallBuilder {
     SetFeature(FEATURE_PRICES, Has(OPERAND_PRICES) && !call_.buffers[OPERAND_PRICES].result);
     SetFeature(FEATURE_SPARE_ROWS, Has(OPERAND_SPARE_ROWS));
     SetFeature(FEATURE_PREVIOUS_LEVELS, Has(OPERAND_PREVIOUS_LEVELS));
-    SetFeature(FEATURE_MAKES_LISTS, Has(OPERAND_LEVELS));
+    SetFeature(FEATURE_MAKES_LISTS, Has(OPERAND_LEVELS) || Plans());
+    problem().keeps_plan = Has(OPERAND_LEVELS) || !Plans();
     SetFeature(FEATURE_MAKES_KEY_LISTS, Has(OPERAND_KEY_LIST_HEADERS));
   }
 

@@ -24,7 +24,8 @@ struct CallAttributes {
   float candidate_share = 0;
   float floor_share = 0;
   std::uint32_t judged_key_tiles = 0;
-  std::uint32_t corrects = 0;  // whether the state corrects coarse rows that the call makes
+  std::uint32_t list_capacity = 0;  // entries of a work list, where no result has them
+  std::uint32_t corrects = 0;       // whether the state corrects coarse rows that the call makes
 };
 
 struct AttentionCall {

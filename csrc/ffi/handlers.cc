@@ -20,7 +20,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<std::uint32_t>("query_tile"), StructMember<std::uint32_t>("super_tile"),
     StructMember<std::uint32_t>("level_count"), StructMember<float>("candidate_share"),
     StructMember<float>("floor_share"), StructMember<std::uint32_t>("judged_key_tiles"),
-    StructMember<std::uint32_t>("corrects"));
+    StructMember<std::uint32_t>("list_capacity"), StructMember<std::uint32_t>("corrects"));
 
 namespace jax_aat {
 namespace {

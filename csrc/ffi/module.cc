@@ -288,7 +288,8 @@ std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const 
                            const std::array<std::uint32_t, 6>& sizes, bool causal,
                            std::uint32_t query_tile, std::uint32_t super_tile,
                            std::uint32_t level_count, float candidate_share,
-                           std::uint32_t judged_key_tiles, bool corrects) {
+                           std::uint32_t judged_key_tiles, std::uint32_t list_capacity,
+                           bool corrects) {
   const ExampleCall call = {
       .pass = pass,
       .dtype = dtype,
@@ -304,6 +305,7 @@ std::uint64_t ScratchBytes(std::uint32_t device, const std::string& pass, const 
       .level_count = level_count,
       .candidate_share = candidate_share,
       .judged_key_tiles = judged_key_tiles,
+      .list_capacity = list_capacity,
       .corrects = corrects,
   };
   return ExamplePlan(call, Runtime::Get().Acquire(device)->traits()).scratch_bytes;
@@ -403,7 +405,8 @@ NB_MODULE(_native, m) {
   m.def("scratch_bytes", ScratchBytes, nb::arg("device"), nb::arg("pass_name"), nb::arg("dtype"),
         nb::arg("sizes"), nb::arg("causal") = false, nb::arg("query_tile") = 0,
         nb::arg("super_tile") = 0, nb::arg("level_count") = 0, nb::arg("candidate_share") = 0.0f,
-        nb::arg("judged_key_tiles") = 0, nb::arg("corrects") = false, ReleaseGil());
+        nb::arg("judged_key_tiles") = 0, nb::arg("list_capacity") = 0, nb::arg("corrects") = false,
+        ReleaseGil());
   m.def(
       "set_timing",
       [](bool enabled, bool by_kernel) {

@@ -41,6 +41,7 @@ LISTS = (
     Slot.KEY_LIST_ENTRIES,
 )
 
+_PLAN = (*LISTS, Slot.LAMBDA)
 _ATTENTION = (Slot.OUT, Slot.LSE, Slot.SHARES)
 _GOAL = (Slot.PRICES, Slot.SPARE_ROWS, Slot.LAMBDA, Slot.PREVIOUS_LEVELS)
 
@@ -106,11 +107,17 @@ def _made(
     others: tuple[Slot, ...],
     primitive: Primitive,
 ) -> Operands:
-    searched = Slot.SPARE_ROWS in operands
-    wanted = (*others, *LISTS, *((Slot.LAMBDA,) if searched else ()))
+    wanted = (*others, *_plan_slots(operands))
     values = _bind(operands, options, adaptation, wanted, primitive)
     results = dict(zip(wanted, values, strict=True))
-    return results if searched else results | {Slot.LAMBDA: router.used(operands[Slot.LAMBDA])}
+    if Slot.LAMBDA in results:
+        return results
+    return results | {Slot.LAMBDA: router.used(operands[Slot.LAMBDA])}
+
+
+def _plan_slots(operands: Operands) -> tuple[Slot, ...]:
+    """What of a plan is computed; where lambda is no result, it is given."""
+    return _PLAN if Slot.SPARE_ROWS in operands else LISTS
 
 
 def _bind(
@@ -128,6 +135,7 @@ def _bind(
         candidate_share=router.candidate_share(adaptation, options, grid),
         floor_share=router.floor_share(adaptation),
         judged_key_tiles=judged_key_tiles(operands, grid, share),
+        list_capacity=Capacity.of(grid, options.causal, options.window).entries,
     )
     return rules.bind(
         primitive,
@@ -184,7 +192,7 @@ def _planned(
     else:
         prices = router.break_even(operands, options, grid, adaptation)
     values = {Slot.PRICES: prices}
-    if Slot.LEVELS in results:
+    if Slot.PRICES not in results:
         levels, price = router.levels_at(prices, operands, options, grid, adaptation)
         capacity = Capacity.of(grid, options.causal, options.window)
         lists = pack(levels, boundary(operands, options, grid).full, grid, capacity)
@@ -210,8 +218,9 @@ def _forward_jvp(
 ) -> tuple[list[Any], list[Any]]:
     operands = by_slot(slots, primals)
     wanted = params["results"]
-    # The derivative needs the lists that may have been dead code before (`_without_key_lists`).
-    params |= {"results": (*wanted, *(slot for slot in LISTS if slot not in wanted))}
+    # The derivative needs the lists that may have been dead code before (`_without_lists`).
+    missing = (slot for slot in _plan_slots(operands) if slot not in wanted)
+    params |= {"results": (*wanted, *missing)}
     values = rules.bind(rules.planned_forward_p, operands, **params)
     results = dict(zip(params["results"], values, strict=True))
     results |= {slot: checkpoint_name(results[slot], NAMES[slot]) for slot in _ATTENTION}
@@ -226,22 +235,28 @@ def _forward_jvp(
     return [results[slot] for slot in wanted], [derivatives[slot] for slot in wanted]
 
 
-def _without_key_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
-    """Dead code: transposed lists serve backward passes alone, and take long to make."""
+def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+    """Dead code: transposed lists serve backward passes alone, and take long to make.
+
+    A plan that nobody reads besides the call itself may share its memory with what it is made from.
+    """
     if not any(used):
         return [False] * len(equation.invars), None
     results = equation.params["results"]
-    if not any(is_used for slot, is_used in zip(results, used, strict=True) if slot in KEY_LISTS):
-        kept = [i for i, slot in enumerate(results) if slot not in KEY_LISTS]
-        equation = equation.replace(
-            outvars=[equation.outvars[i] for i in kept],
-            params=equation.params | {"results": tuple(results[i] for i in kept)},
-        )
+    wanted = {slot for slot, is_used in zip(results, used, strict=True) if is_used}
+    dead = set() if wanted.intersection(KEY_LISTS) else set(KEY_LISTS)
+    if equation.primitive is rules.planned_forward_p and not wanted.intersection(_PLAN):
+        dead = set(_PLAN)
+    kept = [i for i, slot in enumerate(results) if slot not in dead]
+    equation = equation.replace(
+        outvars=[equation.outvars[i] for i in kept],
+        params=equation.params | {"results": tuple(results[i] for i in kept)},
+    )
     return [True] * len(equation.invars), equation
 
 
 for _primitive in (rules.planned_forward_p, rules.plan_p):
-    register_dead_code(_primitive, _without_key_lists)
+    register_dead_code(_primitive, _without_lists)
 
 rules.register_abstract_eval(rules.planned_forward_p, _result_types)
 rules.register_lowering(rules.planned_forward_p, _planned, _result_types, "jax_aat_forward")

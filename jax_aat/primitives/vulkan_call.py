@@ -51,6 +51,7 @@ def vulkan_call(
         candidate_share=np.float32(options.candidate_share),
         floor_share=np.float32(options.floor_share),
         judged_key_tiles=np.uint32(options.judged_key_tiles),
+        list_capacity=np.uint32(options.list_capacity),
         corrects=np.uint32(options.corrects),
     )
     by_slot = dict(zip(wanted, values, strict=True))

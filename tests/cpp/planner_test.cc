@@ -119,13 +119,10 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams&
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
   std::map<std::uint32_t, std::uint64_t> words;
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    const auto& [slot, offset] = plan.scratch[i];
-    const std::uint64_t end =
-        i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
-    EXPECT(offset % 256 == 0 && offset < end);
-    EXPECT(words.emplace(slot, (end - offset) / 4).second);
-    EXPECT((end - offset) / 4 < kGuard);
+  for (const auto& [slot, offset, bytes] : plan.scratch) {
+    EXPECT(offset % 256 == 0 && bytes > 0 && offset + bytes <= plan.scratch_bytes);
+    EXPECT(words.emplace(slot, bytes / 4).second);
+    EXPECT(bytes / 4 < kGuard);
   }
   for (const Dispatch& dispatch : plan.dispatches) {
     if (StartsWith(dispatch.shader, "attend_backward_delta")) {
@@ -404,6 +401,7 @@ int main() {
   jax_aat::TestParts();
   jax_aat::TestSharedNotes();
   jax_aat::TestCorrection();
+  jax_aat::TestScratchOfPlans();
   jax_aat::Refusals();
   return 0;
 }

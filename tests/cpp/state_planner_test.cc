@@ -116,10 +116,8 @@ void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
   std::map<std::uint32_t, std::uint64_t> words;
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    const bool last = i + 1 == plan.scratch.size();
-    const std::uint64_t end = last ? plan.scratch_bytes : plan.scratch[i + 1].offset;
-    EXPECT(words.emplace(plan.scratch[i].operand, (end - plan.scratch[i].offset) / 4).second);
+  for (const auto& [slot, offset, bytes] : plan.scratch) {
+    EXPECT(words.emplace(slot, bytes / 4).second);
   }
   const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
   const std::uint64_t super_tiles = DivideUp(params.keys, 16 * params.super_tile_granules);

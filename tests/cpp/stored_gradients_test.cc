@@ -38,10 +38,8 @@ AttentionProblem RandomBackward(Random& random) {
 
 // Bytes of the scratch of a slot; 0: it has none.
 std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    if (plan.scratch[i].operand != slot) continue;
-    const bool last = i + 1 == plan.scratch.size();
-    return (last ? plan.scratch_bytes : plan.scratch[i + 1].offset) - plan.scratch[i].offset;
+  for (const auto& [operand, offset, bytes] : plan.scratch) {
+    if (operand == slot) return bytes;
   }
   return 0;
 }

@@ -90,11 +90,8 @@ void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
     words[OPERAND_SEGMENT_RANGES] = 2 * (std::uint64_t{params.coarse_rows} + params.plan_tiles);
   }
   EXPECT(plan.scratch.size() == words.size());
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    const auto& [slot, offset] = plan.scratch[i];
-    const std::uint64_t end =
-        i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
-    EXPECT(offset % 256 == 0 && end - offset >= 4 * words.at(slot) * params.batch_count);
+  for (const auto& [slot, offset, bytes] : plan.scratch) {
+    EXPECT(offset % 256 == 0 && bytes >= 4 * words.at(slot) * params.batch_count);
     std::uint64_t stride = words.at(slot);
     for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
       EXPECT(params.operand[slot].batch_stride[axis] == (params.batch[axis] == 1 ? 0 : stride));
@@ -133,13 +130,10 @@ void CheckPrices(const AttentionProblem& problem, const DispatchPlan& plan) {
   EXPECT(params.priced_key_tiles == (is_brief ? params.judged_key_tiles : 0));
   const std::uint64_t row = is_brief ? brief : granules;
   EXPECT(params.operand[OPERAND_PRICES].row_stride == row);
-  for (std::size_t i = 0; i < plan.scratch.size(); ++i) {
-    if (plan.scratch[i].operand != OPERAND_PRICES) continue;
-    const std::uint64_t end =
-        i + 1 < plan.scratch.size() ? plan.scratch[i + 1].offset : plan.scratch_bytes;
+  for (const auto& [slot, offset, bytes] : plan.scratch) {
+    if (slot != OPERAND_PRICES) continue;
     const std::uint64_t lists = problem.params.query_heads / TileHeads(params);
-    EXPECT(end - plan.scratch[i].offset >=
-           4 * row * params.plan_tiles * lists * params.batch_count);
+    EXPECT(bytes >= 4 * row * params.plan_tiles * lists * params.batch_count);
     return;
   }
   EXPECT(false);
@@ -195,6 +189,51 @@ void TestSharedNotes() {
   EXPECT(notes(131072, 64, 49152) == 1024);
   EXPECT(notes(131072, 64, 45567) == 1);
   EXPECT(notes(262144, 128, 49152) == 1);
+}
+
+// Of a plan that nobody keeps all is scratch; entries of lists may lie where prices were, and what
+// these are made from, and nothing else may share its place.
+void TestScratchOfPlans() {
+  ExampleCall call = {.pass = "forward", .dtype = "float32"};
+  call.query_heads = 8;
+  call.kv_heads = 2;
+  call.causal = true;
+  call.query_tile = 128;
+  call.super_tile = 1024;
+  call.level_count = 3;
+  call.judged_key_tiles = 8;
+  call.corrects = true;
+  DeviceTraits traits;
+  traits.max_shared_memory = 49152;
+  traits.max_workgroup_invocations = 1024;
+  const DispatchPlan kept = ExamplePlan(call, traits);
+  for (const std::uint32_t capacity : {1u << 12, 1u << 22}) {
+    call.list_capacity = capacity;
+    const DispatchPlan plan = ExamplePlan(call, traits);
+    EXPECT(plan.dispatches.size() == kept.dispatches.size());
+    std::map<std::uint32_t, DispatchPlan::Scratch> parts;
+    for (const DispatchPlan::Scratch& part : plan.scratch) parts.emplace(part.operand, part);
+    const std::uint64_t tiles = std::uint64_t{2} * plan.params.plan_tiles;
+    EXPECT(parts.at(OPERAND_LEVELS).bytes >= 4 * tiles * LevelWords(plan.params));
+    EXPECT(parts.at(OPERAND_LIST_HEADERS).bytes >= 16 * tiles);
+    EXPECT(parts.at(OPERAND_LIST_ENTRIES).bytes >= std::uint64_t{8} * capacity);
+    EXPECT(parts.at(OPERAND_LAMBDA).bytes >= 8);
+    EXPECT(plan.params.operand[OPERAND_LIST_ENTRIES].head_stride == capacity);
+    for (const auto& [slot, part] : parts) {
+      EXPECT(part.offset + part.bytes <= plan.scratch_bytes);
+      for (const auto& [other_slot, other] : parts) {
+        const bool apart =
+            part.offset + part.bytes <= other.offset || other.offset + other.bytes <= part.offset;
+        const auto makes_lists = [](std::uint32_t x) {
+          return x == OPERAND_PRICES || x == OPERAND_KEY_SUMMARIES || x == OPERAND_ROUTER_SCRATCH;
+        };
+        const bool may_share = (slot == OPERAND_LIST_ENTRIES && makes_lists(other_slot)) ||
+                               (other_slot == OPERAND_LIST_ENTRIES && makes_lists(slot));
+        EXPECT(slot == other_slot || apart || may_share);
+      }
+    }
+    EXPECT(parts.at(OPERAND_LIST_ENTRIES).offset == parts.at(OPERAND_PRICES).offset);
+  }
 }
 
 void FuzzPlanning() {

@@ -10,5 +10,6 @@ void FuzzPlanning();
 void FuzzRouting();
 void FuzzMeans();
 void TestCorrection();
+void TestScratchOfPlans();
 
 }  // namespace jax_aat
