@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_aat.levels import EXACT, GRANULE, KEY_TILE, MEAN, SUPER_MEAN, Grid, unpack_levels
+from jax_aat.problem import Options
 
 NOTHING = np.uint32(0xFFFFFFFF)
 """What pads a list."""
@@ -48,6 +49,11 @@ class Capacity:
         entries = int((granules + super_tiles + padding).sum())
         of_keys = touched(KEY_TILE).sum() + grid.tiles * grid.coarse_tiles
         return cls(entries, int(of_keys) * grid.lists_per_kv_head)
+
+
+def list_capacity(grid: Grid, options: Options) -> int:
+    """Entries of one list of a call, as shaders count them; what they cannot count they refuse."""
+    return min(Capacity.of(grid, options.causal, options.window).entries, 2**32 - 1)
 
 
 def pack(

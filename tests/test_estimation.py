@@ -98,6 +98,15 @@ def test_memory_of_a_plan_that_nobody_keeps(set_traced):
     assert found.scratch_bytes == call.scratch_bytes
 
 
+def test_lists_that_shaders_cannot_count_are_refused(monkeypatch):
+    monkeypatch.setattr(estimation, "plans_in_one_submission", lambda *_: True)
+    sizes = estimation.Sizes(
+        1, 2**20, 2**20, 16, 1, 64, "float32", True, Adaptation(threshold=1e-3)
+    )
+    with pytest.raises(ValueError, match=r"split the sequence|walk"):
+        sizes.scratch_bytes("forward", gradients=False)
+
+
 LAWS = {
     # Seconds at a length of n, for n queries and keys.
     "attend_forward.f32": lambda n: 1e-3 + 2e-9 * n * (n + 1) / 2,

@@ -51,6 +51,7 @@ def call(direction, problem, operands=None, results=None):
         candidate_share=np.float32(0),
         floor_share=np.float32(0),
         judged_key_tiles=np.uint32(0),
+        list_capacity=np.uint32(0),
         corrects=np.uint32(0),
     )
     outs = dict(zip(wanted, (np.asarray(x) for x in outs), strict=True))

@@ -29,6 +29,7 @@ ATTRIBUTES = {
     "candidate_share": np.float32(0),
     "floor_share": np.float32(0),
     "judged_key_tiles": np.uint32(0),
+    "list_capacity": np.uint32(0),
     "corrects": np.uint32(0),
 }
 

@@ -11,7 +11,7 @@ from comparison import Ran, assert_close, in_float64, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_aat import Adaptation, ResolutionState, tiled_attention
+from jax_aat import Adaptation, ResolutionState, adaptive, tiled_attention
 from jax_aat.reference import dense_attention
 
 B, T, S, H = 4, 20, 24, 16
@@ -262,3 +262,25 @@ def test_vmap_over_a_split_axis(attention, rng):
     result = [np.asarray(x)[:, 0] for x in compiled(q, k, v, arrays[3])]
     assert_close(result, list(expected_of(arrays)["forward"]), 1e-4)
     assert re.findall(COLLECTIVES, compiled.as_text()) == []
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_heads_that_share_a_lambda_are_planned_together(kv_heads, rng, set_traced):
+    """Also where nobody reads the plan, whose budget is that of all heads of a batch entry."""
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    adaptation = Adaptation(budget=0.5, query_tile=32)
+    attend = functools.partial(
+        tiled_attention, is_causal=True, adaptation=adaptation, implementation="vulkan"
+    )
+    q, k, v = (normal(rng, 4, 400, heads, H) for heads in (4, kv_heads, kv_heads))
+    arrays = (q * np.array([0.2, 0.2, 3, 3])[:, None], k, v)
+    expected = jax.jit(attend)(*arrays)
+    mesh = mesh_of(4, 2)
+    keys = QUERY if kv_heads == 2 else P("data")
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arrays, (QUERY, keys, keys), strict=True)
+    ]
+    with Ran("vulkan", "forward"):
+        out = jax.block_until_ready(jax.jit(attend)(*placed))
+    assert_close(out, expected, 1e-6)

@@ -189,7 +189,10 @@ class _Split:
             return names
 
         # One lambda, which all heads of a batch entry together decide, serves them all.
-        makes_plan = not specs.keys() >= shapes.keys() & {Slot.LEVELS, Slot.PRICES}
+        # A plan is made where there is a goal, or prices are a result.
+        makes_plan = bool(specs.keys() & {Slot.SPARE_ROWS, Slot.LAMBDA}) or (
+            Slot.PRICES in shapes.keys() - specs.keys()
+        )
         heads = () if makes_plan else claim(specs[Slot.Q][-2], sizes.heads)
         batch = []
         for axis, size in enumerate(sizes.batch):

@@ -119,8 +119,11 @@ std::uint64_t Workgroups(const AttentionProblem& problem, const AttentionParams&
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
   std::map<std::uint32_t, std::uint64_t> words;
+  std::uint64_t taken = 0;
   for (const auto& [slot, offset, bytes] : plan.scratch) {
     EXPECT(offset % 256 == 0 && bytes > 0 && offset + bytes <= plan.scratch_bytes);
+    EXPECT(offset >= taken);
+    taken = offset + bytes;
     EXPECT(words.emplace(slot, bytes / 4).second);
     EXPECT(bytes / 4 < kGuard);
   }

@@ -100,12 +100,37 @@ void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
   }
 }
 
+// What nobody keeps is laid out as results are.
+void CheckScratchOfPlan(const AttentionProblem& problem, const DispatchPlan& plan) {
+  const AttentionParams& params = plan.params;
+  const std::uint32_t lists = params.query_heads / TileHeads(params);
+  const std::uint32_t tiles = params.plan_tiles, words = LevelWords(params);
+  const auto check = [&](std::uint32_t slot, std::uint32_t rows, std::uint32_t row_words) {
+    const OperandLayout& layout = params.operand[slot];
+    std::uint64_t stride = std::uint64_t{rows} * row_words;
+    EXPECT(layout.head_stride == stride && layout.row_stride == row_words);
+    stride *= lists;
+    for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+      EXPECT(layout.batch_stride[axis] == (params.batch[axis] == 1 ? 0 : stride));
+      stride *= params.batch[axis];
+    }
+    const auto part = std::ranges::find(plan.scratch, slot, &DispatchPlan::Scratch::operand);
+    EXPECT(part != plan.scratch.end() && part->bytes >= 4 * stride);
+    EXPECT(part->offset + part->bytes <= plan.scratch_bytes);
+  };
+  check(OPERAND_LEVELS, tiles, words);
+  check(OPERAND_LIST_HEADERS, tiles, 4);
+  check(OPERAND_LIST_ENTRIES, 1, params.list_capacity);
+  if (problem.features & FEATURE_SPARE_ROWS) check(OPERAND_LAMBDA, 1, 1);
+}
+
 // A forward call that makes its plan first makes it alike, then waits for it.
 void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
                           const std::vector<Dispatch>& planning) {
   problem.pass = Pass::kForward;
   const DispatchPlan plan = PlanAttention(problem, traits);
   EXPECT(plan.dispatches.size() > planning.size());
+  if (!problem.keeps_plan) CheckScratchOfPlan(problem, plan);
   for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
     const Dispatch& dispatch = plan.dispatches[i];
     if (i < planning.size()) {
@@ -239,11 +264,12 @@ void TestScratchOfPlans() {
 void FuzzPlanning() {
   Random random(3);
   for (round = 0; round < kRounds; ++round) {
-    const AttentionProblem problem = RandomPlanning(random);
+    AttentionProblem problem = RandomPlanning(random);
     const DeviceTraits traits = RandomTraits(random);
     try {
       const DispatchPlan plan = PlanAttention(problem, traits);
       CheckPlanning(problem, traits, plan);
+      problem.keeps_plan = Chance(random);
       CheckPlanningForward(problem, traits, plan.dispatches);
     } catch (const std::invalid_argument& error) {
       EXPECT(std::string(error.what()).find("split") != std::string::npos);
