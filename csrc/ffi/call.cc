@@ -44,9 +44,11 @@ constexpr std::uint64_t kGoals = Bit(OPERAND_SPARE_ROWS) | Bit(OPERAND_LAMBDA);
 
 // Of the pass that makes a plan, or prices only, or of what attends by a plan of its own.
 PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
-  if (!(attributes.operands & kGoals)) return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
-  // Transposed lists may be left out, both, or the whole plan.
   const bool keeps_plan = attributes.results & Bit(OPERAND_LEVELS);
+  if (!keeps_plan && !(attributes.operands & kGoals)) {
+    return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
+  }
+  // Transposed lists may be left out, both, or the whole plan.
   const std::uint64_t lists = !keeps_plan                      ? 0
                               : attributes.results & kKeyLists ? kLevelsAndLists
                                                                : kLevelsAndLists & ~kKeyLists;
