@@ -5,7 +5,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "attention/example_plan.h"
+#include "planned_example.h"
 #include "tile_planner_test.h"
 
 namespace jax_aat {
@@ -188,17 +188,8 @@ void FuzzMeans() {
 
 // On matrices where attention is, for what has been measured.
 void TestCorrection() {
-  ExampleCall call = {.pass = "forward", .dtype = "bfloat16"};
-  call.query_tile = 128;
-  call.super_tile = 1024;
-  call.level_count = 3;
-  call.judged_key_tiles = 8;
-  call.corrects = true;
-  DeviceTraits traits;
-  traits.storage_16bit = traits.coopmat_bfloat16 = traits.coopmat_layout_known = true;
-  traits.max_shared_memory = 49152;
-  traits.min_subgroup_size = traits.max_subgroup_size = traits.subgroup_size = 32;
-  traits.max_workgroup_invocations = 1024;
+  ExampleCall call = PlannedCall("bfloat16");
+  DeviceTraits traits = LargeDevice();
   const auto kernel = [&](std::uint32_t head_dim) {
     call.head_dim = head_dim;
     return ExamplePlan(call, traits).dispatches.back().shader;

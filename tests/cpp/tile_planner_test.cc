@@ -6,8 +6,8 @@
 #include <map>
 #include <stdexcept>
 
-#include "attention/example_plan.h"
 #include "attention/kernels.h"
+#include "planned_example.h"
 #include "random_problem.h"
 
 namespace jax_aat {
@@ -184,20 +184,10 @@ void FuzzRouting() {
 
 // What the router keeps in shared memory (constant 16), as many as there may be of each.
 void TestSharedNotes() {
-  ExampleCall call = {.pass = "forward", .dtype = "bfloat16"};
-  call.query_heads = 8;
-  call.kv_heads = 2;
+  ExampleCall call = PlannedCall("bfloat16");
   call.head_dim = 128;
-  call.causal = true;
-  call.query_tile = 128;
-  call.super_tile = 1024;
-  call.level_count = 3;
   call.candidate_share = 0.25f;
-  DeviceTraits traits;
-  traits.storage_16bit = traits.coopmat_bfloat16 = traits.coopmat_float16 = true;
-  traits.coopmat_layout_known = true;
-  traits.min_subgroup_size = traits.max_subgroup_size = traits.subgroup_size = 32;
-  traits.max_workgroup_invocations = 1024;
+  DeviceTraits traits = LargeDevice();
   const auto notes = [&](std::uint32_t keys, std::uint32_t judged, std::uint32_t shared_memory) {
     call.queries = call.keys = keys;
     call.judged_key_tiles = judged;
@@ -219,18 +209,8 @@ void TestSharedNotes() {
 // Of a plan that nobody keeps all is scratch; entries of lists may lie where prices were, and what
 // these are made from, and nothing else may share its place.
 void TestScratchOfPlans() {
-  ExampleCall call = {.pass = "forward", .dtype = "float32"};
-  call.query_heads = 8;
-  call.kv_heads = 2;
-  call.causal = true;
-  call.query_tile = 128;
-  call.super_tile = 1024;
-  call.level_count = 3;
-  call.judged_key_tiles = 8;
-  call.corrects = true;
-  DeviceTraits traits;
-  traits.max_shared_memory = 49152;
-  traits.max_workgroup_invocations = 1024;
+  ExampleCall call = PlannedCall("float32");
+  const DeviceTraits traits = LargeDevice();
   const DispatchPlan kept = ExamplePlan(call, traits);
   for (const std::uint32_t capacity : {1u << 12, 1u << 22}) {
     call.list_capacity = capacity;
