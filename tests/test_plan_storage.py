@@ -55,7 +55,9 @@ def test_a_corrupted_plan_is_an_error(stored, data):
     x = np.array(getattr(stored, name))
     at = data.draw(st.integers(0, x.size - 1))
     value = data.draw(st.integers(0, 2**32 - 1))
-    if x.flat[at] == value:
+    # A header may call fewer granules full than are: the keys of the others are tested in vain.
+    is_fewer_full = name == "list_headers" and at % 4 == 1 and value < x.flat[at]
+    if x.flat[at] == value or is_fewer_full:
         return
     x.flat[at] = value
     broken = dataclasses.replace(stored, **{name: jnp.asarray(x)})

@@ -119,7 +119,9 @@ def test_third_order(attention, arrays):
 
 def test_check_grads_of_order_two(attention, arrays):
     small = tuple(x[:1, :4] if x.ndim == 4 and x.shape[1] != N else x[..., :4] for x in arrays)
-    check_grads(jax.jit(loss(attention)), small, order=2, modes=("fwd", "rev"), atol=0.1, rtol=0.1)
+    # Steps of 1e-4, the default, leave differences of float32 two digits.
+    tolerance = {"atol": 0.02, "rtol": 0.02, "eps": 1e-2}
+    check_grads(jax.jit(loss(attention)), small, order=2, modes=("fwd", "rev"), **tolerance)
 
 
 def test_check_grads_of_order_two_in_float64(arrays):
