@@ -26,8 +26,7 @@ struct ExampleCall {
   std::uint32_t level_count = 0;
   float candidate_share = 0;
   std::uint32_t judged_key_tiles = 0;
-  std::uint32_t list_capacity =
-      0;  // entries of a work list of a plan that nobody keeps; 0: one does
+  std::uint32_t list_capacity = 0;  // entries of a work list; 0: the plan is kept
   bool corrects = false;
 };
 
