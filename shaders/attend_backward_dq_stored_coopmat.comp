@@ -46,7 +46,7 @@ void fetch_gradients(Walk walk, uint block) {
     uint granule = next_granules[key_granule(n) * (GRANULE_ROWS / FETCH_ROWS)];
     uint at = first_vector + granule_vectors(min(granule, walk.last_key) / GRANULE_ROWS) +
               query_granule(n) * MATRIX_VECTORS;
-    next_gradients[n] = Vectors(gradients).vector[at];
+    next_gradients[n] = RowVectors(gradients).vector[at];
     if (block < walk.full_blocks) continue;
     bool stored = is_stored(query_granule(n), granule);
     [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {

@@ -12,10 +12,8 @@
 // for each tile, with nothing to do, would take 15 us to come and go.
 //
 // Where workgroups share the list of a tile, what is said of a tile holds for each of its parts.
-#include "common/coopmat_coarse.glsl"
+#include "common/coopmat_correction.glsl"
 #include "common/query_parts.glsl"
-
-#extension GL_KHR_shader_subgroup_arithmetic : require
 
 const bool CAREFUL = (FEATURES & FEATURE_CAREFUL) != 0;
 
@@ -132,7 +130,8 @@ void attend_block(Walk walk, uint block, bool mixed) {
       [[unroll]] for (uint r = 0; r < ROWS; ++r) {
         uint t = r / LANE_ROWS;
         uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
-        vec2 bias = load_levels_pair(OPERAND_LEVEL_BIAS, has(FEATURE_LEVEL_BIAS), tile, r);
+        vec2 bias = CORRECTS ? level_biases[row]
+                             : load_levels_pair(OPERAND_LEVEL_BIAS, has(FEATURE_LEVEL_BIAS), tile, r);
         [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
           [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
             uint i = r % LANE_ROWS * LANE_COLUMNS + c;
@@ -275,6 +274,54 @@ void record_row(uint r, float total, vec2 shares) {
   }
 }
 
+// Adds to results what coarse values lack to first order: the tilt, Cov(v, k) q, by the shares of
+// coarse rows, of which the lanes of a quad hold parts.
+void correct(vec2 shares[ROWS]) {
+  uint seen = seen_state(tile);
+  if (seen == 0) return;  // it is zero
+  Vectors state = state_at(OPERAND_STATE, tile.kv_head);
+  barrier();
+  stage_covariance(state, seen);
+  barrier();
+  vec2 tilts = tilts_of(state, seen) * (negate_products() ? -PARAMS.scale : PARAMS.scale);
+  float weight[ROWS];
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    weight[r] = dot(vec2(quad_sum(shares[r].x), quad_sum(shares[r].y)), tilts);
+  }
+  [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+    Accumulator sums[ROW_TILES];
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) sums[t] = Accumulator(0.0);
+    [[unroll]] for (uint k = 0; k < DIM_TILES; ++k) {
+      Right columns;
+      load_values(columns, 0, k, d);
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+        sums[t] = coopMatMulAdd(q[t][k], columns, sums[t]);
+      }
+    }
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+        // Rows that see nothing have no weight; what they hold may be anything.
+        float own = weight[t * LANE_ROWS + i / LANE_COLUMNS];
+        if (own != 0.0) o[t][d][i] = fma(sums[t][i], own, o[t][d][i]);
+      }
+    }
+  }
+  barrier();
+}
+
+void store_results() {
+  View view = view_of(OPERAND_OUT, tile.first_head, 1);
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) o[t][d][i] = rounded(o[t][d][i]);
+      coopMatStore(Rounded(o[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+    }
+    barrier();
+    exchange_out(view, tile, t);
+    barrier();
+  }
+}
+
 void attend_tile() {
   set_scores(tile.first_head);
   to_log2 = score_factor();
@@ -283,6 +330,7 @@ void attend_tile() {
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     exchange_in(q_view, tile, t, negate_products());
     barrier();
+    if (CORRECTS) make_level_biases(tile, t);
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       coopMatLoad(q[t][d], staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
       o[t][d] = Accumulator(0.0);
@@ -312,44 +360,37 @@ void attend_tile() {
     if (!in_range()) failed = 1;
   }
 
-  View out_view = view_of(OPERAND_OUT, tile.first_head, 1);
   View lse_view = view_of(OPERAND_LSE, tile.first_head, 2);
   float gain = truncation_gain();
-  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
-    [[unroll]] for (uint h = 0; h < LANE_ROWS; ++h) {
-      uint r = t * LANE_ROWS + h;
-      uint row = subgroup_row(t) + lane_row(h);
-      uint position = tile.first_position + row / TILE_HEADS;
-      float total = quad_sum(sum[r]);
-      vec2 shares = vec2(0);
-      if (has(FEATURE_PLAN) && total != 0.0) shares = level_sum[r] / total;
-      float share = total == 0.0 ? 0.0 : gain / total;
-      [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-        [[unroll]] for (uint i = h * LANE_COLUMNS; i < (h + 1) * LANE_COLUMNS; ++i) {
-          o[t][d][i] *= share;
-          if (LIST_PARTS == 1) o[t][d][i] = rounded(o[t][d][i]);
-        }
-      }
-      if (LIST_PARTS > 1) {
-        record_row(r, total, shares);
-        continue;
-      }
-      if (position < PARAMS.queries && gl_SubgroupInvocationID % 4 == 0) {
-        uint at = row_start(lse_view, position, row % TILE_HEADS);
-        float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference_of(r) + log2(total)) * LN_2;
-        Words(lse_view.base).word[at] = floatBitsToUint(lse);
-      }
-      if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, tile, r, shares);
-    }
-    if (LIST_PARTS > 1) continue;
+  vec2 shares[ROWS];
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) {
+    uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
+    float total = quad_sum(sum[r]);
+    shares[r] = vec2(0);
+    if (has(FEATURE_PLAN) && total != 0.0) shares[r] = level_sum[r] / total;
+    float share = total == 0.0 ? 0.0 : gain / total;
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      coopMatStore(Rounded(o[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+      [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+        o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c] *= share;
+      }
     }
-    barrier();
-    exchange_out(out_view, tile, t);
-    barrier();
+    if (LIST_PARTS > 1) {
+      record_row(r, total, shares[r]);
+      continue;
+    }
+    if (position < PARAMS.queries && gl_SubgroupInvocationID % 4 == 0) {
+      uint at = row_start(lse_view, position, row % TILE_HEADS);
+      float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference_of(r) + log2(total)) * LN_2;
+      Words(lse_view.base).word[at] = floatBitsToUint(lse);
+    }
+    if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, tile, r, shares[r]);
   }
-  if (LIST_PARTS > 1) barrier();  // `failed` is what all subgroups found
+  if (CORRECTS) correct(shares);
+  if (LIST_PARTS > 1) {
+    barrier();  // `failed` is what all subgroups found
+  } else {
+    store_results();
+  }
   if (gl_LocalInvocationIndex == 0 && failed != 0) mark_of(tile, part_at_work).word[0] = MARK;
 }
 

@@ -22,8 +22,7 @@ void main() {
   if (exists) {
     for (uint quad = gl_LocalInvocationID.x % ROW_THREADS; quad < QUADS; quad += ROW_THREADS) {
       vec4 query = load_columns(queries.base, start, quad * 4) * call.scale;
-      sums.x += dot(query * query, state.vector[variance_place(seen, 0, quad)]);
-      sums.y += dot(query * query, state.vector[variance_place(seen, 1, quad)]);
+      sums += square_sums(state, seen, quad, query);
     }
   }
   partial_sums[gl_LocalInvocationID.x] = sums;
@@ -32,6 +31,7 @@ void main() {
   for (uint i = 1; i < ROW_THREADS; ++i) sums += partial_sums[gl_LocalInvocationID.x + i];
   View biases = view_of(OPERAND_LEVEL_BIAS, head, 2);
   start = row_start(biases, position, 0);
-  store_float(biases.base, start, min(sums.x * (BETA / 2), LARGEST_BIAS));
-  store_float(biases.base, start + 1, min(sums.y * (BETA / 2), LARGEST_BIAS));
+  vec2 bias = level_bias_of(sums);
+  store_float(biases.base, start, bias.x);
+  store_float(biases.base, start + 1, bias.y);
 }

@@ -20,7 +20,8 @@ std::uint32_t SharedBytes(Kernel kernel, const KernelShape& shape, std::uint32_t
   const std::uint32_t stages =
       (kernel == Kernel::kBackwardDqStored ? 2 : 4) * shape.block_rows * row_bytes;
   const std::uint32_t exchange = shape.threads / kSubgroupSize * 16 * row_bytes;
-  const std::uint32_t states = 4 * shape.block_rows * 8;
+  // Of rows, and for the forward kernel level biases of the tile's.
+  const std::uint32_t states = 4 * shape.block_rows * 8 + 8 * shape.tile_rows;
   return (stages > exchange ? stages : exchange) + states;
 }
 

@@ -75,17 +75,14 @@ class Planner {
     SetBatchLists();
     switch (problem_.pass) {
       case Pass::kForward:
-        if (Has(FEATURE_MAKES_MEANS)) AddMeans(builder_);
-        if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
-        PlanQueryKernel(Kernel::kForward, kScoreFeatures | FEATURE_ROW_COUNTS, 4);
-        if (Has(FEATURE_CORRECTS)) AddCorrection(builder_);
+        PlanForward();
         break;
       case Pass::kTangent:
         PlanTangent();
         break;
       case Pass::kBackward:
         if (Has(FEATURE_MAKES_MEANS)) {
-          AddMeans(builder_);
+          AddMeans(builder_, /*with_level_biases=*/true);
           AddCotangents(builder_);
         }
         PlanBackward();
@@ -101,6 +98,24 @@ class Planner {
 
  private:
   bool Has(std::uint32_t feature) const { return builder_.Has(feature); }
+
+  void PlanForward() {
+    std::uint32_t features = kScoreFeatures | FEATURE_ROW_COUNTS;
+    const bool corrects = CorrectsInRegisters();
+    if (corrects) features |= FEATURE_CORRECTS;
+    if (Has(FEATURE_MAKES_MEANS)) AddMeans(builder_, /*with_level_biases=*/!corrects);
+    if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
+    PlanQueryKernel(Kernel::kForward, features, 4);
+    if (Has(FEATURE_CORRECTS) && !corrects) AddCorrection(builder_);
+  }
+
+  // Whether the kernel of attention corrects its results itself: that on matrices, for bfloat16,
+  // whose range holds any covariance.
+  bool CorrectsInRegisters() {
+    return Has(FEATURE_CORRECTS) && problem_.dtype == DTYPE_BF16 &&
+           !CoopmatShapes(Kernel::kForward, problem_, traits_).empty() &&
+           ListParts(Kernel::kForward, Choose(Kernel::kForward)) == 1;
+  }
 
   void PlanTangent() {
     const bool moves_scores =

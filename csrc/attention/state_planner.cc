@@ -29,7 +29,7 @@ class StatePlanner {
  public:
   explicit StatePlanner(PlanBuilder& builder) : builder_(builder), params_(builder.params()) {}
 
-  void AddMeans() {
+  void AddMeans(bool with_level_biases) {
     AddCoarseRows(OPERAND_COARSE_K);
     AddCoarseRows(OPERAND_COARSE_V);
     if (Corrects()) AddStates(OPERAND_STATE, SuperTiles() + 1);
@@ -39,6 +39,7 @@ class StatePlanner {
     AddByDtype("state_covariance", FEATURE_KV_LENGTHS, Squares() * SuperTiles() * Heads());
     builder_.AddBarrier();
     AddVectorKernel("state_prefix");
+    if (!with_level_biases) return;
     builder_.AddBarrier();
     AddLevelPairs(OPERAND_LEVEL_BIAS);
     AddByDtype("state_level_bias", FEATURE_CAUSAL, DivideUp(Rows(), Threads() / kRowThreads));
@@ -46,7 +47,7 @@ class StatePlanner {
 
   void AddCorrection() {
     builder_.AddBarrier();
-    AddRowKernel(CorrectionShape(), kStateFeatures);
+    AddRowKernel(Shape("state_correction", TileRows()), kStateFeatures);
   }
 
   void AddCotangents() {
@@ -143,18 +144,6 @@ class StatePlanner {
     AddByDtype(shape, features, DivideUp(rows, shape.tile_rows) * Parts() * Heads());
   }
 
-  // On cooperative matrices where the kernel of attention runs on them, which needs twice the
-  // shared memory; wider heads have not been measured.
-  KernelShape CorrectionShape() const {
-    const AttentionProblem& problem = builder_.problem();
-    KernelShape shape = Shape("state_correction", TileRows());
-    if (problem.dtype == DTYPE_BF16 && params_.head_dim <= 64 &&
-        !CoopmatShapes(Kernel::kForward, problem, builder_.traits()).empty()) {
-      shape = {"state_correction_coopmat", 128, 256, kGranuleRows};
-      shape.required_subgroup_size = 32;
-    }
-    return shape;
-  }
   // So that a thread has a row at least.
   std::uint32_t TileRows() const { return std::max(kRowsOfTile, Threads() / kColumnQuads); }
   // Of the queries, by as many positions as a super-tile has keys.
@@ -195,7 +184,9 @@ class StatePlanner {
 
 }  // namespace
 
-void AddMeans(PlanBuilder& builder) { StatePlanner(builder).AddMeans(); }
+void AddMeans(PlanBuilder& builder, bool with_level_biases) {
+  StatePlanner(builder).AddMeans(with_level_biases);
+}
 
 void AddCorrection(PlanBuilder& builder) { StatePlanner(builder).AddCorrection(); }
 

@@ -5,8 +5,8 @@
 
 namespace jax_aat {
 
-// Coarse rows, the state and the biases it gives them: what attention needs.
-void AddMeans(PlanBuilder& builder);
+// Coarse rows, the state and, unless attention makes them itself, the biases it gives them.
+void AddMeans(PlanBuilder& builder, bool with_level_biases);
 
 // What the state adds to the output of attention.
 void AddCorrection(PlanBuilder& builder);

@@ -34,7 +34,7 @@ shared uvec4 staged[STAGED_VECTORS > EXCHANGE_VECTORS ? STAGED_VECTORS : EXCHANG
 uint stage_start(uint stage) { return stage % STAGES * STAGE_VECTORS; }
 
 // Read-only and not aliased: the compiler may move these loads over barriers.
-layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer Vectors {
+layout(buffer_reference, std430, buffer_reference_align = 16) readonly restrict buffer RowVectors {
   uvec4 vector[];
 };
 layout(buffer_reference, std430, buffer_reference_align = 4) readonly restrict buffer Entries {
@@ -45,7 +45,7 @@ bool holds_data(uint column) { return HEAD_DIM == VECTORS * 8 || column * 8 < HE
 bool is_staged(uint column) { return VECTORS < PITCH || column < PITCH; }
 
 uvec4 load_vector(View view, uint start, uint column) {
-  return holds_data(column) ? Vectors(view.base).vector[start / 8 + column] : uvec4(0);
+  return holds_data(column) ? RowVectors(view.base).vector[start / 8 + column] : uvec4(0);
 }
 
 // One operand of the work list's rows, strides in vectors.
@@ -73,7 +73,7 @@ Source source_of(View view) {
 }
 
 uvec4 fetch(Source source, uint row_start) {
-  return holds_data(fetch_column()) ? Vectors(source.base).vector[row_start + fetch_column()]
+  return holds_data(fetch_column()) ? RowVectors(source.base).vector[row_start + fetch_column()]
                                     : uvec4(0);
 }
 

@@ -27,6 +27,24 @@ uint mean_place(uint super_tile, uint kind, uint quad) {
   return super_tile * STATE_VECTORS + MEAN_VECTORS + kind * QUADS + quad;
 }
 
+// Of the traces of the variances, by level.
+vec2 trace_part(Vectors state, uint index, uint quad) {
+  return vec2(dot(state.vector[variance_place(index, 0, quad)], vec4(1)),
+              dot(state.vector[variance_place(index, 1, quad)], vec4(1)));
+}
+
+// By level, what part of the tilt Cov(v, k) q the value of a row gets.
+vec2 tilts_by(vec2 traces) { return ALPHA * vec2(traces.y > 0 ? traces.x / traces.y : 0, 1); }
+
+// Of a quad of a scaled row of queries: by level, what it adds to the sum that a level bias is made of.
+vec2 square_sums(Vectors state, uint index, uint quad, vec4 query) {
+  query *= query;
+  return vec2(dot(query, state.vector[variance_place(index, 0, quad)]),
+              dot(query, state.vector[variance_place(index, 1, quad)]));
+}
+
+vec2 level_bias_of(vec2 sums) { return min(sums * (BETA / 2), vec2(LARGEST_BIAS)); }
+
 Vectors state_at(uint slot, uint kv_head) { return Vectors(view_of(slot, kv_head, 2).base); }
 
 // That of the queries in so many super-tiles' worth of positions.

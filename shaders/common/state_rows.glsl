@@ -44,8 +44,7 @@ bool locate_tile() {
 vec2 traces_of(Vectors state, uint index) {
   barrier();
   for (uint quad = gl_LocalInvocationID.x; quad < QUADS; quad += THREADS) {
-    trace_parts[quad] = vec2(dot(state.vector[variance_place(index, 0, quad)], vec4(1)),
-                             dot(state.vector[variance_place(index, 1, quad)], vec4(1)));
+    trace_parts[quad] = trace_part(state, index, quad);
   }
   barrier();
   vec2 sums = vec2(0);
@@ -53,10 +52,8 @@ vec2 traces_of(Vectors state, uint index) {
   return sums;
 }
 
-// By level, what part of the tilt Cov(v, k) q the value of a row gets.
 vec2 tilts_of(Vectors state, uint index) {
-  vec2 traces = traces_of(state, index);
-  return ALPHA * vec2(traces.y > 0 ? traces.x / traces.y : 0, 1);
+  return tilts_by(traces_of(state, index));
 }
 
 // A number a level.

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <map>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "planned_example.h"
 #include "tile_planner_test.h"
@@ -61,9 +63,23 @@ std::map<std::string, std::uint64_t> Grids(const AttentionParams& params, std::u
           {"key_gradients", DivideUp(params.keys, 64) * heads}};
 }
 
+const Dispatch* Find(const DispatchPlan& plan, const char* shader) {
+  for (const Dispatch& dispatch : plan.dispatches) {
+    if (StartsWith(dispatch.shader, shader)) return &dispatch;
+  }
+  return nullptr;
+}
+
+// Whether the kernel of attention adds what the state gives back itself: on matrices, in bfloat16,
+// where no other kernel comes after it.
+bool CorrectsItself(const DispatchPlan& plan) {
+  return Find(plan, "attend_forward_coopmat.bf16") != nullptr &&
+         Find(plan, "merge_parts") == nullptr;
+}
+
 // Those before the kernels of attention and those after them.
-std::vector<Expected> ExpectedAround(const AttentionProblem& problem, std::uint64_t threads,
-                                     bool before) {
+std::vector<Expected> ExpectedAround(const AttentionProblem& problem, const DispatchPlan& plan,
+                                     std::uint64_t threads, bool before) {
   const auto has = [&](std::uint32_t feature) { return (problem.features & feature) != 0; };
   const bool corrects = has(FEATURE_CORRECTS), backward = problem.pass == Pass::kBackward;
   const bool keys = has(FEATURE_DK | FEATURE_DV), tilts = corrects && has(FEATURE_DOUT);
@@ -76,11 +92,11 @@ std::vector<Expected> ExpectedAround(const AttentionProblem& problem, std::uint6
     add("coarse_rows", true, false);
     add("state_covariance", corrects, true);
     add("state_prefix", corrects, true);
-    add("state_level_bias", corrects, true);
+    add("state_level_bias", corrects && (backward || !CorrectsItself(plan)), true);
     add("state_cotangents", backward && tilts, true);
     add("state_covariance_gradient", backward && tilts && keys, false);
   } else if (!backward) {
-    add("state_correction", corrects, true);
+    add("state_correction", corrects && !CorrectsItself(plan), true);
   } else {
     const bool queries = corrects && has(FEATURE_DQ);
     const bool parts = keys && CoarseListParts(problem.params) > 1;
@@ -96,19 +112,12 @@ std::vector<Expected> ExpectedAround(const AttentionProblem& problem, std::uint6
 void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch,
                  const DeviceTraits& traits) {
   for (const Expected& one : expected) {
-    std::string name = dispatch->shader.substr(0, dispatch->shader.find('.'));
-    std::uint64_t workgroups = one.workgroups;
-    if (name == "state_correction_coopmat") {
-      EXPECT(dispatch->shader.ends_with(".bf16") && dispatch->required_subgroup_size == 32);
-      name = "state_correction";
-      workgroups = workgroups * 64 / dispatch->specialization[4];
-    }
-    EXPECT(name == one.shader);
+    EXPECT(dispatch->shader.substr(0, dispatch->shader.find('.')) == one.shader);
     EXPECT(dispatch->barrier_before == one.barrier);
     EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 14 : 13));
     EXPECT(dispatch->specialization[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch->groups[0], y = dispatch->groups[1];
-    EXPECT(x * y >= workgroups && x * (y - 1) < workgroups);
+    EXPECT(x * y >= one.workgroups && x * (y - 1) < one.workgroups);
     ++dispatch;
   }
 }
@@ -127,8 +136,10 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   EXPECT(words[OPERAND_COARSE_K] >= coarse && words[OPERAND_COARSE_V] >= coarse);
   if (problem.features & FEATURE_CORRECTS) {
     EXPECT(words[OPERAND_STATE] >= heads * (super_tiles + 1) * state);
-    EXPECT(words[OPERAND_LEVEL_BIAS] >=
-           std::uint64_t{2} * params.queries * params.query_heads * params.batch_count);
+    if (problem.pass == Pass::kBackward || !CorrectsItself(plan)) {
+      EXPECT(words[OPERAND_LEVEL_BIAS] >=
+             std::uint64_t{2} * params.queries * params.query_heads * params.batch_count);
+    }
   }
   if (problem.pass != Pass::kBackward || !(problem.features & (FEATURE_DK | FEATURE_DV))) return;
   const std::uint64_t parts_of_lists = CoarseListParts(params);
@@ -171,8 +182,8 @@ void FuzzMeans() {
     try {
       const DispatchPlan plan = PlanAttention(problem, traits);
       const std::uint64_t threads = std::min(256u, traits.max_workgroup_invocations);
-      const auto before = ExpectedAround(problem, threads, true);
-      const auto after = ExpectedAround(problem, threads, false);
+      const auto before = ExpectedAround(problem, plan, threads, true);
+      const auto after = ExpectedAround(problem, plan, threads, false);
       EXPECT(plan.dispatches.size() >= before.size() + after.size());
       const Dispatch* first = plan.dispatches.data();
       CheckAround(before, first, traits);
@@ -186,19 +197,32 @@ void FuzzMeans() {
   }
 }
 
-// On matrices where attention is, for what has been measured.
+// In the kernel of attention where that is on matrices, else after it.
 void TestCorrection() {
   ExampleCall call = PlannedCall("bfloat16");
   DeviceTraits traits = LargeDevice();
-  const auto kernel = [&](std::uint32_t head_dim) {
-    call.head_dim = head_dim;
-    return ExamplePlan(call, traits).dispatches.back().shader;
+  const auto is_apart = [&] {
+    const DispatchPlan plan = ExamplePlan(call, traits);
+    const bool apart = Find(plan, "state_correction") != nullptr;
+    const std::uint32_t features = Find(plan, "attend_forward")->specialization[2];
+    EXPECT(apart == !(features & FEATURE_CORRECTS));
+    EXPECT(apart == (Find(plan, "state_level_bias") != nullptr));
+    return apart;
   };
-  EXPECT(kernel(64) == "state_correction_coopmat.bf16");
-  EXPECT(kernel(40) == "state_correction_coopmat.bf16");
-  EXPECT(kernel(128) == "state_correction.bf16");
+  for (const std::uint32_t head_dim : {40, 64, 128}) {
+    call.head_dim = head_dim;
+    EXPECT(!is_apart());
+  }
+  call.dtype = "float16";
+  EXPECT(is_apart());
+  call.dtype = "bfloat16";
+  call.causal = false;
+  call.queries = 1;  // so that workgroups share a list
+  call.keys = 8192;
+  EXPECT(is_apart());
+  call.queries = 1024;
   traits.coopmat_layout_known = false;
-  EXPECT(kernel(64) == "state_correction.bf16");
+  EXPECT(is_apart());
 }
 
 }  // namespace jax_aat
