@@ -3,6 +3,7 @@
 // sub-queries by 16 rows of keys a subgroup, means and variances apart. Queries stay in registers,
 // rows of keys pass through shared memory.
 #define HALF_PRODUCTS 1
+#define KEYS_IN_HALVES true
 // What is known to be nobody else's need not go past the first cache.
 #define SHARED_IN_WORKGROUP
 #include "common/coopmat_types.glsl"

@@ -1,9 +1,9 @@
 #version 460
 // Summarises keys and values for the router, in one pass over them: a workgroup takes a super-tile of
 // one key/value head. A thread keeps to one quad of columns of every so many granules.
-#include "common/moments.glsl"
-
 layout(constant_id = 13) const uint HALVES = 0;  // keys are summarised for cooperative matrices
+#define KEYS_IN_HALVES (HALVES != 0)
+#include "common/moments.glsl"
 
 shared vec2 row_sums[THREADS];
 shared vec4 super_values[QUADS];
@@ -31,6 +31,7 @@ void store_row(SharedVectors summaries, uint place, uint quad, Moments keys) {
 void store_keys(SharedVectors summaries, uint granule, uint quad, Moments all, Moments parts[PARTS]) {
   if (HALVES != 0) {
     store_row(summaries, granule_row_place(granule), quad, all);
+    if (PARAMS.candidate_share == 0.0) return;
     [[unroll]] for (uint i = 0; i < PARTS; ++i) {
       store_row(summaries, part_row_place(granule, i), quad, parts[i]);
     }
@@ -38,6 +39,7 @@ void store_keys(SharedVectors summaries, uint granule, uint quad, Moments all, M
   }
   summaries.vector[granule_place(granule, quad)] = all.mean;
   summaries.vector[granule_place(granule, quad) + 1] = all.spread;
+  if (PARAMS.candidate_share == 0.0) return;
   [[unroll]] for (uint i = 0; i < PARTS; ++i) {
     summaries.vector[part_place(granule, quad) + i] = parts[i].mean;
     summaries.vector[part_place(granule, quad) + PARTS + i] = parts[i].spread;

@@ -134,11 +134,11 @@ class TilePlanner {
 
   // Summaries of keys and values, then the prices of all granules of all tiles.
   void AddRouter() {
-    const std::uint64_t summary = SummaryFloats();
-    params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
-    builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
     const KernelShape router = RouterShape();
     const bool on_matrices = router.required_subgroup_size != 0;
+    const std::uint64_t summary = SummaryFloats(on_matrices);
+    params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
+    builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
     const std::uint32_t shared_notes = SharedNotes(router);
     const std::uint64_t slab = SlabFloats(shared_notes != 1);
     const std::uint64_t workgroups =
@@ -207,11 +207,13 @@ class TilePlanner {
   bool IsForemost() const { return params_.judged_key_tiles < KeyTiles(params_); }
 
   // Of one batch entry and key/value head (shaders/common/summaries.glsl).
-  std::uint64_t SummaryFloats() const {
+  std::uint64_t SummaryFloats(bool in_halves) const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t granules = SuperTiles() * params_.super_tile_granules;
     const std::uint64_t key_tiles = granules / kKeyTileGranules;
-    return 4 * (granules * (11 * quads + 1) + (SuperTiles() + 15) * quads + SuperTiles() +
+    const std::uint64_t parts = params_.candidate_share > 0 ? 4 : 0;
+    const std::uint64_t keys = (in_halves ? 1 : 2) * (1 + parts) * quads;
+    return 4 * (granules * (keys + quads + 1) + (SuperTiles() + 15) * quads + SuperTiles() +
                 (2 * key_tiles + 15) * quads);
   }
 

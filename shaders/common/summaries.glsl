@@ -2,6 +2,11 @@
 // key/value head. Places are counted in vec4 (csrc/attention/tile_planner.cc: SummaryFloats).
 #include "common/levels.glsl"
 
+// A kernel may define that summaries of keys are kept in halves, see below.
+#ifndef KEYS_IN_HALVES
+#define KEYS_IN_HALVES false
+#endif
+
 const uint QUADS = (HEAD_DIM + 3) / 4;  // columns past HEAD_DIM are zero
 const uint PARTS = 4;  // of a granule, each of PART_ROWS keys
 const uint PART_ROWS = GRANULE_ROWS / PARTS;
@@ -29,6 +34,11 @@ uint super_tile_count() { return divide_up(PARAMS.keys, SUPER_TILE_ROWS); }
 // Granules with those past the end of the last super-tile.
 uint padded_granules() { return super_tile_count() * SUPER_TILE_GRANULES; }
 
+// Vectors of the mean and variance of a granule's keys, and of those of its parts, which stage 2 takes.
+uint key_vectors() {
+  return QUADS * (KEYS_IN_HALVES ? 1 : 2) * (PARAMS.candidate_share > 0.0 ? 1 + PARTS : 1);
+}
+
 // Mean and variance of a granule's keys: neighbouring granules lie side by side.
 uint granule_place(uint granule, uint quad) {
   return ((granule / SUPER_TILE_GRANULES * QUADS + quad) * SUPER_TILE_GRANULES +
@@ -38,23 +48,24 @@ uint granule_place(uint granule, uint quad) {
 
 // Means of its parts, then their variances.
 uint part_place(uint granule, uint quad) {
-  return padded_granules() * QUADS * 2 + (granule * QUADS + quad) * (2 * PARTS);
+  return padded_granules() * QUADS * (KEYS_IN_HALVES ? 1 : 2) +
+         (granule * QUADS + quad) * (2 * PARTS);
 }
 
 // Mean of its values.
 uint value_mean_place(uint granule, uint quad) {
-  return padded_granules() * QUADS * (2 + 2 * PARTS) + granule * QUADS + quad;
+  return padded_granules() * key_vectors() + granule * QUADS + quad;
 }
 
 // Mean squared distance of its values from their mean; squared distance of that from the
 // super-tile's; mean squared value.
 uint value_place(uint granule) {
-  return padded_granules() * QUADS * (3 + 2 * PARTS) + granule;
+  return padded_granules() * (key_vectors() + QUADS) + granule;
 }
 
 // Mean of a super-tile's keys.
 uint super_place(uint super_tile, uint quad) {
-  return padded_granules() * (QUADS * (3 + 2 * PARTS) + 1) + super_tile * QUADS + quad;
+  return padded_granules() * (key_vectors() + QUADS + 1) + super_tile * QUADS + quad;
 }
 
 // Sum of the squares of a super-tile's values.
