@@ -126,10 +126,12 @@ def devices() -> tuple[Device, ...]:
 
 
 def default_device() -> Device | None:
-    """The device that calls use; None where no device can be used.
+    """The device that calls of JAX's CPU platform use; None where no device can be used.
 
     The environment variable JAX_AAT_DEVICE chooses it, by index or by a part of its name, and
-    `set_default_device` changes it.
+    `set_default_device` changes it. Those of JAX's CUDA platform run on the GPU that holds their
+    operands, whichever is the default; where there are several, `memory_stats`, profiles and
+    estimates speak of that GPU only if it is.
     """
     if _NO_NATIVE:
         return None
