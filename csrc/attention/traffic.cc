@@ -115,6 +115,10 @@ double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const Operand
     if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
     bytes += operands[slot] + ScratchBytes(plan, slot);
   }
+  // Attention on matrices may correct its results itself.
+  const bool corrects =
+      Family(dispatch.shader) == "attend_forward" && (features & FEATURE_CORRECTS) != 0;
+  if (corrects) bytes += ScratchBytes(plan, OPERAND_STATE);
   return static_cast<double>(bytes) * dispatch.share;
 }
 

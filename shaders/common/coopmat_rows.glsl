@@ -26,7 +26,8 @@ const uint FETCHES = BLOCK_ROWS / FETCH_ROWS;
 const uint OPERAND_VECTORS = BLOCK_ROWS * PITCH;
 const uint STAGE_VECTORS = STAGED_OPERANDS * OPERAND_VECTORS;
 
-// Also holds 16 rows of each subgroup, before and after the walk of the work list.
+// Also holds 16 rows of each subgroup, before and after the walk of the work list, and in the forward
+// kernel as many rows as there are columns: for its rows of up to 128 blocks of 32 have the room.
 const uint EXCHANGE_VECTORS = SUBGROUPS * 16 * PITCH;
 const uint STAGED_VECTORS = STAGES * STAGE_VECTORS;
 shared uvec4 staged[STAGED_VECTORS > EXCHANGE_VECTORS ? STAGED_VECTORS : EXCHANGE_VECTORS];

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/traffic.h"
 #include "planned_example.h"
 #include "tile_planner_test.h"
 
@@ -204,8 +205,14 @@ void TestCorrection() {
   const auto is_apart = [&] {
     const DispatchPlan plan = ExamplePlan(call, traits);
     const bool apart = Find(plan, "state_correction") != nullptr;
-    const std::uint32_t features = Find(plan, "attend_forward")->specialization[2];
-    EXPECT(apart == !(features & FEATURE_CORRECTS));
+    const Dispatch& forward = *Find(plan, "attend_forward");
+    Dispatch without = forward;
+    without.specialization[2] &= ~FEATURE_CORRECTS;
+    EXPECT(apart == (without.specialization == forward.specialization));
+    const auto state =
+        std::ranges::find(plan.scratch, OPERAND_STATE, &DispatchPlan::Scratch::operand);
+    const double read = apart ? 0 : static_cast<double>(state->bytes);
+    EXPECT(Traffic(plan, forward, {}) == Traffic(plan, without, {}) + read);
     EXPECT(apart == (Find(plan, "state_level_bias") != nullptr));
     return apart;
   };
