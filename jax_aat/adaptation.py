@@ -18,6 +18,9 @@ cost."""
 _LONG = 32768
 """Keys beyond which a causal sequence is long: for the same loss one stage and a larger budget take
 less time than two stages (docs/adaptation.md)."""
+_AUDIT_RATE, _AUDITED_ROWS = 1 / 64, 128
+"""Of a sequence an audit computes the lesser of both: from 32 rows on it tells enough, and each row
+costs as much as the sequence is long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Adaptation:
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
         foremost granules also by means of 4; None: 1 in causal calls of more than 32,768 keys,
         else 2.
-      audit_rate: Fraction of the query rows that an audit computes exactly as well.
-      replan_every: Calls that a plan carried in a state serves.
+      audit_rate: Fraction of the query rows that an audit computes exactly as well; above 0 with a
+        tolerance; None: 1/64, of long sequences fewer, 128 rows.
+      replan_every: Calls that a plan carried in a state serves; without a state every call plans.
 
     Raises:
       TypeError: A field has a wrong type.
@@ -56,7 +60,7 @@ class Adaptation:
     query_tile: int | None = None
     super_tile: int | None = None
     stages: int | None = None
-    audit_rate: float = 1 / 64
+    audit_rate: float | None = None
     replan_every: int = 1
 
     def __post_init__(self) -> None:
@@ -71,7 +75,8 @@ class Adaptation:
                 f"Adaptation: got {given}, expected exactly one of budget, tolerance and threshold"
             )
         # Python's own numbers, so that plans can be written whichever kind was given.
-        for name, value in (*goals.items(), ("audit_rate", self.audit_rate)):
+        rate = {} if self.audit_rate is None else {"audit_rate": self.audit_rate}
+        for name, value in (goals | rate).items():
             if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise TypeError(f"{name}: got {value!r}, expected a Python number")
             if not math.isfinite(value) or value < 0:
@@ -82,7 +87,11 @@ class Adaptation:
                 raise ValueError(f"{name}: got 0, expected a number above 0")
         if self.budget is not None and self.budget > 1:
             raise ValueError(f"budget: got {self.budget}, expected a fraction of at most 1")
-        if self.audit_rate > 1:
+        if self.tolerance is not None and self.audit_rate == 0:
+            raise ValueError(
+                "audit_rate: got 0, expected a fraction above 0: audits keep a tolerance"
+            )
+        if self.audit_rate is not None and self.audit_rate > 1:
             raise ValueError(f"audit_rate: got {self.audit_rate}, expected a fraction of at most 1")
         sizes = {"query_tile": _QUERY_TILES, "super_tile": _SUPER_TILES, "stages": (1, 2)}
         for name, allowed in sizes.items():
@@ -111,6 +120,12 @@ class Adaptation:
         query_tile, super_tile = (64, 256) if keys <= _SHORT else (128, 1024)
         query_tile, super_tile = self.query_tile or query_tile, self.super_tile or super_tile
         return Grid(queries, keys, heads, kv_heads, query_tile, super_tile)
+
+    def audit_rate_for(self, queries: int) -> float:
+        """Fraction of the rows of a call of T queries that an audit computes."""
+        if self.audit_rate is not None:
+            return self.audit_rate
+        return min(_AUDIT_RATE, _AUDITED_ROWS / queries)
 
     def stages_for(self, keys: int, causal: bool) -> int:
         """Stages by which a call of S keys is judged."""

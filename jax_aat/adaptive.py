@@ -110,24 +110,28 @@ def attend_observed(
       out [B, T, N, H], logsumexp [B, T, N], the next state if there is one, the report if wanted.
     """
     past = (None, None) if state is None else (state.log_price, state.levels)
+    planned: jax.Array | bool = plan is None
     if plan is None and state is not None:
-        plan = _kept(operands, options, adaptation, implementation, state, past)
+        due = state.step % adaptation.replan_every == 0
+        plan = _kept(operands, options, adaptation, implementation, state, past, due)
+        planned = True if plan is None else due
     out, lse, plan = attend(operands, options, adaptation, implementation, plan, past)
     if state is None and not reports:
         return out, lse, None, None
     found = Audit.empty(plan.grid.heads)
     # Without a tolerance nobody but the report asks what an audit finds.
-    audits = adaptation.audit_rate > 0 and (reports or adaptation.tolerance is not None)
+    batch, queries = out.shape[:2]
+    rate = adaptation.audit_rate_for(queries)
+    audits = rate > 0 and (reports or adaptation.tolerance is not None)
     if audits:
         seed, step = (0, 0) if state is None else (state.seed, state.step)
-        batch, queries = out.shape[:2]
-        rows = choose_rows(seed, step, batch, queries, adaptation.audit_rate)
+        rows = choose_rows(seed, step, batch, queries, rate)
         found = audit(operands, options, out, plan.levels, plan.grid, *rows)
     bound = None
     if certifies:
         bound = row_bounds(operands, options, plan, out, implementation)
     previous = None if state is None else state.levels
-    report = make_report(operands, options, plan, found, previous, bound)
+    report = make_report(operands, options, plan, found, previous, bound, planned=planned)
     following = None
     if state is not None:
         by_list = report.spent[:: plan.grid.tile_heads]
@@ -142,8 +146,9 @@ def _kept(
     implementation: str,
     state: ResolutionState,
     past: tuple[jax.Array | None, jax.Array | None],
+    due: jax.Array,
 ) -> TilePlan | None:
-    """The plan of a state that keeps one: replaced every `replan_every` calls."""
+    """The plan of a state that keeps one; replaced where that is due."""
     kept, kept_hides = state.plan, state.plan_hides
     if kept is None or kept_hides is None:
         return None
@@ -161,7 +166,6 @@ def _kept(
         made: TilePlan = jax.tree.map(lambda x: vary_like(x, known), branch())
         return made
 
-    due = state.step % adaptation.replan_every == 0
     # Lists are made anew only where the plan hides what this call may show.
     branches = (chosen, functools.partial(reused, False), functools.partial(reused, True))
     alikes = [functools.partial(alike, branch) for branch in branches]

@@ -13,11 +13,11 @@ import numpy as np
 
 from jax_aat.audit import Audit
 from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, unpack_levels
+from jax_aat.levels import EXACT, Grid, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
-from jax_aat.router import dense_flops, has_state, hidden_rows, planning_flops
+from jax_aat.router import dense_flops, has_state, means_flops, planning_flops, visible_rows
 from jax_aat.state import resolution_change
 
 _ROUNDING = 1e-3
@@ -28,8 +28,8 @@ LEVEL_NAMES = ("exact", "mean", "super-tile", "left out")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("levels", "forced", "flops", "hidden_flops", "planning_flops", "dense_flops"),
-        *("tiled_flops", "allowed_flops"),
+        *("levels", "forced", "forced_by_options", "flops", "hidden_flops", "planning_flops"),
+        *("audit_flops", "dense_flops", "tiled_flops", "allowed_flops"),
         *("overhead", "change", "log_lambda", "audit", "bound"),
     ],
     meta_fields=[],
@@ -46,10 +46,13 @@ class Report:
         those that are left out.
       forced: Share of the granules that are exact because causality, window, lengths, segments,
         mask or bias allow nothing else.
+      forced_by_options: Share of them that causality and window alone would not have made exact.
       flops: FLOPs a query for the rows that are read.
       hidden_flops: Those of them for pairs that do not see each other, in granules of which a part
         is hidden.
-      planning_flops: FLOPs a query for summaries, routing and state.
+      planning_flops: FLOPs a query for summaries, routing and state; where the plan was given, or
+        kept by a state, for coarse rows and state.
+      audit_flops: FLOPs a query for the audited rows, part of none of the others.
       dense_flops: FLOPs a query of exact attention over the pairs that see each other.
       tiled_flops: FLOPs a query if every granule that tiles see were exact.
       allowed_flops: FLOPs a query that the budget allows; infinite without a budget.
@@ -64,9 +67,11 @@ class Report:
 
     levels: jax.Array
     forced: jax.Array
+    forced_by_options: jax.Array
     flops: jax.Array
     hidden_flops: jax.Array
     planning_flops: jax.Array
+    audit_flops: jax.Array
     dense_flops: jax.Array
     tiled_flops: jax.Array
     allowed_flops: jax.Array
@@ -137,8 +142,10 @@ class Report:
 
         columns = {name: _percent(mean(self.levels[..., i])) for i, name in enumerate(LEVEL_NAMES)}
         columns["forced"] = _percent(mean(self.forced))
+        if mean(self.forced_by_options).any():
+            columns["by options"] = _percent(mean(self.forced_by_options))
         columns["FLOPs"] = _percent(mean(self.relative_flops))
-        columns["a token"] = [f"{x:.3g}" for x in mean(self.flops + self.planning_flops)]
+        columns["a token"] = [f"{x:.3g}" for x in mean(self._counted_flops)]
         if np.asarray(self.audit.rows).max(initial=0) > 0:
             low, high = (mean(self.relative_error_interval[..., i]) for i in range(2))
             columns["IFQ"] = _plain(mean(self.information_flow_quality))
@@ -189,6 +196,8 @@ def make_report(
     audit: Audit,
     previous: jax.Array | None = None,
     bound: jax.Array | None = None,
+    *,
+    planned: jax.Array | bool = True,
 ) -> Report:
     """Reports on a call.
 
@@ -199,6 +208,7 @@ def make_report(
       audit: What its audit found.
       previous: Levels of the call before, [B, L, I, W]; None: there was none.
       bound: Certified bounds of its rows.
+      planned: Whether the plan was made in this call.
     """
     grid, head_dim = plan.grid, operands[Slot.Q].shape[-1]
     bounds = boundary(operands, options, grid)
@@ -206,13 +216,20 @@ def make_report(
     seen, whole = (jnp.broadcast_to(x, level.shape) for x in (bounds.seen, bounds.whole))
     at = jnp.stack([(level == which) & seen for which in range(4)], -1)
     count = jnp.maximum(_total(seen), 1)
-    tokens = grid.queries * level.shape[0] * grid.tile_heads
+    batch, tokens = operands[Slot.Q].shape[0], grid.queries * level.shape[0] * grid.tile_heads
     a_row = 4.0 * head_dim * grid.query_tile / tokens
-    exact_rows = _total(jnp.where(level == EXACT, grid.granule_sizes, 0))
-    coarse_rows = plan.list_headers[..., 3].astype(jnp.float32).sum((0, 2))
-    a_head = operands[Slot.Q].shape[0] * grid.queries * grid.heads
-    planned = planning_flops(operands, options, grid, plan.adaptation).sum() / a_head
-    hidden = a_row * hidden_rows(operands, options, grid).sum() / grid.lists
+    # The last tile may have fewer positions than the others.
+    first = np.arange(grid.tiles) * grid.positions
+    part = np.clip((grid.queries - first) / grid.positions, 0, 1).astype(np.float32)
+    exact = jnp.where(level == EXACT, grid.granule_sizes, 0)
+    coarse = plan.list_headers[..., 3].astype(jnp.float32)
+    flops = a_row * (_total(exact, part) + (coarse * part).sum((0, 2)))
+    cut = _total(jnp.where(seen & ~whole, grid.granule_sizes, 0), part).sum()
+    visible = visible_rows(operands, options, grid, bounds).sum()
+    hidden = a_row * jnp.maximum(cut - visible, 0) / grid.lists
+    a_head = batch * grid.queries * grid.heads
+    planning = planning_flops(operands, options, grid, plan.adaptation).sum() / a_head
+    means = batch * means_flops(operands, options, plan.adaptation) / a_head
     dense = dense_flops(operands, options, grid).sum() / a_head
     budget = plan.adaptation.budget
     change = jnp.zeros(grid.lists)
@@ -221,20 +238,29 @@ def make_report(
     by_list = {
         "levels": at.sum((0, 2, 3)).astype(jnp.float32) / count[:, None],
         "forced": _total(seen & ~whole) / count,
-        "flops": a_row * (exact_rows + coarse_rows),
+        "forced_by_options": _total(seen & ~whole & _plainly_whole(operands, options, grid))
+        / count,
+        "flops": flops,
         "hidden_flops": jnp.broadcast_to(hidden, count.shape),
-        "planning_flops": jnp.broadcast_to(planned, count.shape),
+        "planning_flops": jnp.broadcast_to(jnp.where(planned, planning, means), count.shape),
         "dense_flops": jnp.broadcast_to(dense, count.shape),
-        "tiled_flops": a_row * _total(jnp.where(seen, grid.granule_sizes, 0)),
+        "tiled_flops": a_row * _total(jnp.where(seen, grid.granule_sizes, 0), part),
         "allowed_flops": jnp.broadcast_to(
             jnp.inf if budget is None else budget * dense, count.shape
         ),
-        "overhead": _overhead(operands, options, plan, exact_rows, coarse_rows),
+        "overhead": _overhead(operands, options, plan, _total(exact), coarse.sum((0, 2))),
         "change": change,
         "log_lambda": plan.log_lambda.mean(0),
     }
     by_head = {name: jnp.repeat(x, grid.tile_heads, axis=0) for name, x in by_list.items()}
-    return Report(**by_head, audit=audit, bound=bound)
+    audited = 4.0 * head_dim * grid.keys * audit.rows / (batch * grid.queries)
+    return Report(**by_head, audit_flops=audited, audit=audit, bound=bound)
+
+
+def _plainly_whole(operands: Operands, options: Options, grid: Grid) -> jax.Array:
+    """`Boundary.whole` by causality and window alone."""
+    operands = {slot: operands[slot] for slot in (Slot.Q, Slot.K, Slot.V)}
+    return boundary(operands, options, grid).whole
 
 
 def _overhead(
@@ -261,9 +287,10 @@ def _overhead(
     return overhead / jnp.maximum(exact_rows * a_row, 1)
 
 
-def _total(x: jax.Array) -> jax.Array:
-    """Sum of [B, L, I, granules] by list, float32."""
-    return x.sum(-1).astype(jnp.float32).sum((0, 2))
+def _total(x: jax.Array, part: Any = 1.0) -> jax.Array:
+    """Sum of [B, L, I, granules] by list, float32; `part` [I] of each tile."""
+    by_tile = x.sum(-1).astype(jnp.float32) * jnp.asarray(part, jnp.float32)
+    return by_tile.sum((0, 2))
 
 
 def _percent(x: Any) -> list[str]:

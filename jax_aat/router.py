@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation, grid_of
-from jax_aat.boundary import boundary
+from jax_aat.boundary import Boundary, boundary
 from jax_aat.hierarchy import judged_key_tiles, predict_foremost
 from jax_aat.levels import (
     EXACT,
@@ -362,19 +362,26 @@ def hidden_rows(operands: Operands, options: Options, grid: Grid) -> jax.Array:
     """
     bounds = boundary(operands, options, grid)
     shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
+    read = jnp.where(bounds.seen & ~bounds.whole, GRANULE, 0).sum(-1).astype(jnp.float32)
+    read = jnp.broadcast_to(read, shape).sum((1, 2))
+    return jnp.maximum(read - visible_rows(operands, options, grid, bounds), 0)
+
+
+def visible_rows(operands: Operands, options: Options, grid: Grid, bounds: Boundary) -> jax.Array:
+    """Rows, by batch entry, for pairs that see each other in granules of which a part is hidden.
+
+    Returns:
+      [B] float32.
+    """
+    shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
     position = jnp.arange(grid.tiles * grid.positions)
     limit = operands.get(Slot.Q_LENGTHS, jnp.full(1, grid.queries))[:, None]
     exists = position < jnp.minimum(limit, grid.queries)
     exists = exists.reshape(-1, 1, grid.tiles, grid.positions).astype(jnp.float32).mean(-1)
-
-    def total(rows: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(rows.sum(-1).astype(jnp.float32), shape)
-
-    read = total(jnp.where(bounds.seen & ~bounds.whole, GRANULE, 0)).sum((1, 2))
-    whole = total(jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0)) * exists
+    whole = jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0).sum(-1)
+    whole = jnp.broadcast_to(whole.astype(jnp.float32), shape) * exists
     pairs = dense_flops(operands, options, grid) / (4 * operands[Slot.Q].shape[-1])
-    visible = jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
-    return jnp.maximum(read - visible, 0)
+    return jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
 
 
 def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
@@ -440,6 +447,13 @@ def has_state(operands: Operands, options: Options, adaptation: Adaptation) -> b
     a_pair = 4 * operands[Slot.Q].shape[-1] * grid.heads
     allowed = _STATE_SHARE * (adaptation.budget or NOMINAL) * a_pair
     return state_flops(operands, grid) <= allowed * pairs
+
+
+def means_flops(operands: Operands, options: Options, adaptation: Adaptation) -> float:
+    """FLOPs of coarse rows and state, of one batch entry: what a call with a given plan makes."""
+    grid = grid_of(operands, adaptation)
+    state = state_flops(operands, grid) if has_state(operands, options, adaptation) else 0.0
+    return 4.0 * operands[Slot.Q].shape[-1] * grid.kv_heads * grid.keys + state
 
 
 def planning_flops(

@@ -343,6 +343,7 @@ def test_levels_are_packed(granules, seed):
         ({"budget": 0.1, "query_tile": 100}, ValueError, "query_tile: got 100"),
         ({"budget": 0.1, "stages": 3}, ValueError, "stages: got 3"),
         ({"budget": 0.1, "audit_rate": 2}, ValueError, "audit_rate"),
+        ({"tolerance": 0.1, "audit_rate": 0}, ValueError, "audit_rate"),
         ({"budget": 0.1, "replan_every": 0}, ValueError, "replan_every"),
         (
             {"budget": 0.1, "replan_every": True},

@@ -13,7 +13,7 @@ import pytest
 from comparison import as_users_compile, assert_same_bits, normal
 
 import jax_aat
-from jax_aat.levels import EXACT, HIDDEN, unpack_levels
+from jax_aat.levels import EXACT, HIDDEN, MEAN, unpack_levels
 
 B, T, N, K, H = 2, 128, 4, 2, 8
 ADAPTATION = jax_aat.Adaptation(budget=0.5, query_tile=32, audit_rate=1 / 16)
@@ -61,6 +61,89 @@ def test_levels_and_flops_are_those_of_the_lists(reported):
     assert (report.overhead > 0).all()
     assert (report.change == 0).all()
     np.testing.assert_allclose(report.relative_flops.mean(), ADAPTATION.budget, 0.1)
+
+
+def test_flops_are_those_of_queries_that_exist(rng):
+    """Of a last tile with fewer positions than the others, and of a last granule likewise."""
+    length = 100
+    q, k, v = (x[:, :length] for x in inputs(rng))
+    adaptation = dataclasses.replace(ADAPTATION, audit_rate=0.0, levels=(0, 1))
+    _, report = attend(q, k, v, adaptation=adaptation, return_report=True)
+    plan = jax_aat.plan_tiles(q, k, v, adaptation, is_causal=True)
+    grid = plan.grid
+    level = np.asarray(unpack_levels(plan.levels, grid.granules))
+    sizes = np.minimum(16, length - 16 * np.arange(grid.granules))
+    first = np.arange(grid.tiles) * grid.positions
+    positions = np.minimum(grid.positions, length - first)
+    assert positions[-1] < grid.positions
+    rows = np.where(level == EXACT, sizes, 0).sum(-1) + (level == MEAN).sum(-1)
+    flops = 4 * H * (rows * positions).sum((0, 2)) / (B * length)
+    np.testing.assert_allclose(report.flops, np.repeat(flops, grid.tile_heads), 1e-5)
+    seen = np.minimum(first + positions, length)[:, None] > 16 * np.arange(grid.granules)
+    tiled = 4 * H * (positions * (seen * sizes).sum(-1)).sum() / length
+    np.testing.assert_allclose(report.tiled_flops, tiled, 1e-5)
+    # Of granules that a tile sees in part, what its queries do not see.
+    query, key = np.arange(length)[:, None], np.arange(length)
+    cut = 16 * (key // 16) + 15 > query // grid.positions * grid.positions
+    cut &= 16 * (key // 16) < (query // grid.positions + 1) * grid.positions
+    hidden = 4 * H * (cut & (key > query)).sum() / length
+    np.testing.assert_allclose(report.hidden_flops, hidden, 1e-4)
+
+
+def test_only_calls_that_plan_count_planning(rng):
+    q, k, v = inputs(rng)
+    call = as_users_compile(functools.partial(attend, adaptation=ADAPTATION, return_report=True))
+    _, made = call(q, k, v)
+    _, given = call(q, k, v, plan=jax_aat.plan_tiles(q, k, v, ADAPTATION, is_causal=True))
+    assert (given.flops == made.flops).all()
+    # Means of keys and values, states, and what each query takes of these.
+    state = 2 * H**2 * K / N, (2 * H + 4) * H
+    np.testing.assert_allclose(given.planning_flops, 4 * H * K / N + sum(state), 1e-6)
+    adaptation = dataclasses.replace(ADAPTATION, replan_every=2)
+    state = jax_aat.ResolutionState.init(q, k, adaptation, is_causal=True)
+    call = as_users_compile(functools.partial(attend, adaptation=adaptation, return_report=True))
+    for expected in (made, given, made):
+        _, state, report = call(q, k, v, state=state)
+        np.testing.assert_allclose(report.planning_flops, expected.planning_flops, 1e-6)
+
+
+def test_says_what_audits_cost(reported):
+    """Every row of this call was audited: as much as attention that is not causal."""
+    _, report, _, _ = reported
+    np.testing.assert_allclose(report.audit_flops, 4 * H * T, 1e-6)
+
+
+def test_audits_of_long_sequences_take_no_more_rows(rng, monkeypatch):
+    adaptation = dataclasses.replace(ADAPTATION, audit_rate=None)
+    assert adaptation.audit_rate_for(8192) == 1 / 64
+    assert adaptation.audit_rate_for(131072) == 128 / 131072
+    monkeypatch.setattr(jax_aat.adaptation, "_AUDITED_ROWS", 1)
+    call = functools.partial(attend, adaptation=adaptation, return_report=True)
+    _, report = call(*inputs(rng))
+    assert (report.audit.rows == B).all()
+
+
+def test_tells_what_options_force_from_what_causality_does(rng):
+    """A bias that varies in three granules of eight; the last tile alone sees the last of them."""
+    q, k, v = inputs(rng)
+    bias = np.zeros((1, 1, 1, T), np.float32)
+    for granule in (0, 3, 7):
+        bias[..., 16 * granule] = 1
+    call = functools.partial(attend, adaptation=ADAPTATION, return_report=True)
+    _, plain = call(q, k, v)
+    _, report = call(q, k, v, jnp.asarray(bias))
+    grid = ADAPTATION.grid(T, T, N, K)
+    first = np.arange(grid.tiles)[:, None] * grid.positions
+    granule = np.arange(grid.granules)
+    seen = 16 * granule < first + grid.positions
+    diagonal = seen & (16 * granule + 15 > first)
+    by_bias = seen & ~diagonal & np.isin(granule, (0, 3, 7))
+    assert by_bias.any()
+    np.testing.assert_allclose(report.forced_by_options, by_bias.sum() / seen.sum(), 1e-6)
+    np.testing.assert_allclose(report.forced - report.forced_by_options, plain.forced, 1e-5)
+    assert (plain.forced_by_options == 0).all()
+    assert "by options" in str(report)
+    assert "by options" not in str(plain)
 
 
 def test_a_budget_that_is_kept(reported):
