@@ -18,6 +18,7 @@ import pytest
 import router_emulation as router
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
+from evaluate import windows_of
 from library import levels_of as levels_of_plan
 from model import LanguageModel, Shape, exact_attention
 from ours import OURS, of_levels
@@ -208,6 +209,15 @@ def call(script: str, *flags: str) -> str:
 
 
 MODEL = ["--layers=2", "--width=32", "--hidden=32", "--heads=4", "--kv-heads=2", "--head-dim=16"]
+
+
+def test_windows_of_short_lengths_come_from_everywhere_in_the_texts() -> None:
+    texts = np.arange(3 * 23).reshape(3, 23)
+    windows = windows_of(texts, 10)
+    assert windows.shape == (6, 11)
+    assert windows[:, 0].tolist() == [0, 23, 46, 10, 33, 56]
+    assert (np.diff(windows) == 1).all()
+    assert windows_of(texts, 22).shape == (3, 23)
 
 
 def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:

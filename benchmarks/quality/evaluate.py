@@ -58,7 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.125, 0.25, 0.0625, 0.5])
-    parser.add_argument("--texts", type=int, nargs="+", default=[32, 8], help="of each length")
+    parser.add_argument(
+        "--texts", type=int, nargs="+", default=[32, 8], help="windows of each length"
+    )
     parser.add_argument("--fidelity-texts", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after them")
@@ -90,6 +92,12 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
             yield Job(args.lengths[0], name, fraction, args.fidelity_texts, True)
     yield from block(others, args.fractions, 0.5)
+
+
+def windows_of(texts: np.ndarray, length: int) -> np.ndarray:
+    """[windows, length + 1], as each byte predicts the next; the first of every text first."""
+    starts = range(0, texts.shape[1] - length, length)
+    return np.concatenate([texts[:, start : start + length + 1] for start in starts])
 
 
 class Evaluator:
@@ -149,7 +157,7 @@ class Evaluator:
         rows = []
         for index, seed in enumerate(self.seeds):
             parameters, began = self.parameters(job, index), time.monotonic()
-            windows = self.text[: job.texts, : job.length + 1]
+            windows = windows_of(self.text[:-1], job.length)[: job.texts]
             results = [evaluate(self.params[index], window, parameters) for window in windows]
             results = [(loss.mean(), besides) for loss, besides in results]
             loss, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
