@@ -21,7 +21,6 @@ from jax_aat.adaptive import plans_in_one_submission
 from jax_aat.attention import tiled_attention
 from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import GRANULE, KEY_TILE, Grid
-from jax_aat.lists import list_capacity
 from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import (
@@ -30,6 +29,7 @@ from jax_aat.router import (
     has_state,
     hidden_rows,
     judged_share,
+    list_capacity,
     planning_flops,
 )
 
@@ -223,13 +223,18 @@ class Sizes:
                 "level_count": len(self.adaptation.levels),
                 "candidate_share": candidate_share(self.adaptation, self._options, self._grid),
                 "judged_key_tiles": self._judged_key_tiles,
-                "list_capacity": 0 if kept else list_capacity(self._grid, self._options),
+                "list_capacity": 0 if kept else self._list_capacity,
                 "corrects": has_state(self._operands, self._options, self.adaptation),
             }
         sizes = (self.batch, self.queries, self.keys, self.heads, self.kv_heads, self.head_dim)
         return _native.scratch_bytes(
             device.index, direction, self.dtype, sizes, self.causal, **plan
         )
+
+    @property
+    def _list_capacity(self) -> int:
+        assert self.adaptation is not None
+        return list_capacity(self._operands, self._options, self._grid, self.adaptation)
 
     @property
     def _judged_key_tiles(self) -> int:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_aat.levels import EXACT, GRANULE, KEY_TILE, MEAN, SUPER_MEAN, Grid, unpack_levels
-from jax_aat.problem import Options
 
 NOTHING = np.uint32(0xFFFFFFFF)
 """What pads a list."""
@@ -24,10 +23,12 @@ class Capacity:
 
     Attributes:
       entries: Of one list of all tiles of a chunk of query heads.
+      granules: Those of them that granules take; the rest is for super-tiles and padding.
       key_entries: Of one transposed list of all tiles of a key/value head.
     """
 
     entries: int
+    granules: int
     key_entries: int
 
     @classmethod
@@ -44,16 +45,11 @@ class Capacity:
         def touched(size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
             return np.where(seen, -(-high // size) - low // size, 0)
 
-        granules, super_tiles = touched(GRANULE), touched(grid.super_tile)
-        padding = (_EXACT_ALIGNMENT - 1) + (_COARSE_ALIGNMENT - 1)
-        entries = int((granules + super_tiles + padding).sum())
+        granules, super_tiles = int(touched(GRANULE).sum()), int(touched(grid.super_tile).sum())
+        padding = grid.tiles * ((_EXACT_ALIGNMENT - 1) + (_COARSE_ALIGNMENT - 1))
         of_keys = touched(KEY_TILE).sum() + grid.tiles * grid.coarse_tiles
-        return cls(entries, int(of_keys) * grid.lists_per_kv_head)
-
-
-def list_capacity(grid: Grid, options: Options) -> int:
-    """Entries of one list of a call, as shaders count them; what they cannot count they refuse."""
-    return min(Capacity.of(grid, options.causal, options.window).entries, 2**32 - 1)
+        entries = granules + super_tiles + padding
+        return cls(entries, granules, int(of_keys) * grid.lists_per_kv_head)
 
 
 def pack(

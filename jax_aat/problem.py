@@ -150,7 +150,8 @@ class Options:
       floor_share: Likewise, the share of them that is exact for its importance; half as much, in
         causal calls, is for being near.
       judged_key_tiles: Likewise, how many key tiles a tile looks into.
-      list_capacity: Likewise, entries that a work list has room for.
+      list_capacity: Likewise, entries that a work list has room for, on average of those of a batch
+        entry.
       corrects: Where a call with a plan makes its coarse rows, whether the state corrects them.
     """
 

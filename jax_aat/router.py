@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
@@ -32,6 +31,7 @@ from jax_aat.levels import (
     settled,
     unpack_levels,
 )
+from jax_aat.lists import Capacity
 from jax_aat.problem import Operands, Options, Slot, counted
 from jax_aat.scores import predict
 from jax_aat.summaries import FINE, Keys, Queries, subqueries
@@ -201,8 +201,7 @@ def break_even(
         if SUPER_MEAN in adaptation.levels:
             least = jnp.minimum(exact, errors.super_mean / GRANULE)
             exact = jnp.where(bounds.super_whole, least, exact)
-            apart = errors.super_mean - errors.mean
-            mean = jnp.where(bounds.super_whole, apart, jnp.inf)
+            mean = errors.super_mean - errors.mean
         # The most important granules are exact, and the nearest.
         count = jnp.ceil(floor_share(adaptation) * seen).astype(jnp.int32)
         best = lax.top_k(jnp.where(bounds.seen, errors.importance, -1.0), most)[0]
@@ -210,11 +209,15 @@ def break_even(
         least_best = jnp.take_along_axis(best, jnp.clip(count - 1, 0, most - 1), axis=-1)
         # At any that errors explain; beyond, where a budget leaves no room, in their order.
         kept = (errors.importance >= least_best) | near
-        exact = _upper_half(exact)
+        exact = _finite_price(exact)
         exact = jnp.where(kept, _KEPT + (exact >> 3), exact)
         exact = jnp.where(bounds.whole, exact, _INFINITE)
+        if SUPER_MEAN in adaptation.levels:
+            mean = jnp.where(bounds.super_whole, _finite_price(mean), _INFINITE)
+        else:
+            mean = _upper_half(mean)
 
-        prices = exact << 16 | _upper_half(mean)
+        prices = exact << 16 | mean
         return jnp.moveaxis(jnp.where(bounds.seen, prices, 0), 2, 0)
 
     shape = (counted(operands[Slot.Q].shape[0]), grid.lists, subqueries(grid)[0])
@@ -311,29 +314,71 @@ def _upper_half(x: jax.Array) -> jax.Array:
     return jnp.right_shift(bits, 16)
 
 
+def _finite_price(x: jax.Array) -> jax.Array:
+    """The upper half of a price; of any that is not finite the largest that is.
+
+    So nothing but the boundary makes a tile read more than a budget allows.
+    """
+    return jnp.minimum(_upper_half(x), _INFINITE - 1)
+
+
 def _spare_rows_of_call(
     operands: Operands, options: Options, grid: Grid, adaptation: Adaptation
 ) -> jax.Array:
     """`_spare_rows`, while the call is traced where shapes alone decide."""
-    if operands.keys() > {Slot.Q, Slot.K, Slot.V}:
+    if not _shapes_decide(operands):
         return _spare_rows(operands, options, grid, adaptation)
     head_dim = operands[Slot.Q].shape[-1]
-    spare = _spare_rows_by_shape(head_dim, operands[Slot.Q].dtype, options, grid, adaptation)
-    return jnp.full(operands[Slot.Q].shape[:1], spare, jnp.float32)
+    rows = _rows_by_shape(head_dim, operands[Slot.Q].dtype, options, grid, adaptation)
+    return jnp.full(operands[Slot.Q].shape[:1], rows[0], jnp.float32)
+
+
+def list_capacity(operands: Operands, options: Options, grid: Grid, adaptation: Adaptation) -> int:
+    """Entries that each list of a batch entry needs on average, if they follow each other.
+
+    There is room for all that causality and window let tiles see and, with a budget that shapes
+    alone decide, for no more granules than it lets them read. What shaders cannot count they
+    refuse.
+    """
+    capacity = Capacity.of(grid, options.causal, options.window)
+    entries = capacity.entries
+    if adaptation.budget is not None and _shapes_decide(operands):
+        head_dim, dtype = operands[Slot.Q].shape[-1], operands[Slot.Q].dtype
+        spare, exact, read = _rows_by_shape(head_dim, dtype, options, grid, adaptation)
+        granules = max(spare - (GRANULE - 1) * exact, read) / grid.lists
+        entries -= capacity.granules - min(capacity.granules, math.ceil(granules))
+    return min(entries, 2**32 - 1)
+
+
+def _shapes_decide(operands: Operands) -> bool:
+    """Whether what a budget lets tiles read depends on shapes alone."""
+    return operands.keys() - {Slot.SPARE_ROWS} == {Slot.Q, Slot.K, Slot.V}
 
 
 @functools.cache
-def _spare_rows_by_shape(
+def _rows_by_shape(
     head_dim: int, dtype: Any, options: Options, grid: Grid, adaptation: Adaptation
-) -> float:
+) -> tuple[float, int, int]:
+    """`_spare_rows`, and how many granules are exact, and are read at all, at any price."""
     queries = jax.ShapeDtypeStruct((1, grid.queries, grid.heads, head_dim), dtype)
     keys = jax.ShapeDtypeStruct((1, grid.keys, grid.kv_heads, head_dim), dtype)
     shapes: Any = {Slot.Q: queries, Slot.K: keys, Slot.V: keys}
     # Whatever mesh the caller has set, this belongs to none. Compiled, it runs while the caller is
     # traced: as one program, where `jax.ensure_compile_time_eval` would compile each operation.
     with use_abstract_mesh(AbstractMesh((), ())):
-        run = jax.jit(lambda: _spare_rows(shapes, options, grid, adaptation)).lower().compile()
-        return float(np.asarray(run())[0])
+
+        @jax.jit
+        def rows() -> tuple[jax.Array, ...]:
+            bounds = boundary(shapes, options, grid)
+            exact = read = ~bounds.whole
+            if MEAN in adaptation.levels:
+                read |= ~bounds.super_whole if SUPER_MEAN in adaptation.levels else True
+            shape = (grid.lists, grid.tiles, grid.granules)
+            counts = (jnp.broadcast_to(bounds.seen & x, shape).sum() for x in (exact, read))
+            return _spare_rows(shapes, options, grid, adaptation)[0], *counts
+
+        spare, exact, read = rows.lower().compile()()
+        return float(spare), int(exact), int(read)
 
 
 def _spare_rows(

@@ -2,6 +2,7 @@
 // Entries of the work lists of a plan, by its levels: of each query tile first the granules at level
 // 0, full ones before mixed ones, then its coarse rows. A workgroup makes the list of one tile.
 #include "common/scan.glsl"
+#include "common/joined.glsl"
 #include "common/plan_tile.glsl"
 
 uvec2 entries;
@@ -64,6 +65,7 @@ void main() {
   fill(next_mixed, header.x + round_up(header.z, LIST_STEP));
   fill(next_row, header.x + list_room(header.z, header.w));
 
+  if (JOINED != 0) return;  // nobody reads what is behind
   // The tiles share what is behind the last of them.
   uvec4 last = list_header(OPERAND_LIST_HEADERS, list, PARAMS.plan_tiles - 1);
   uint end = last.x + list_room(last.z, last.w);

@@ -84,7 +84,7 @@ def set_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any, str, 
 
     def forget() -> None:
         jax.clear_caches()
-        router._spare_rows_by_shape.cache_clear()
+        router._rows_by_shape.cache_clear()
 
     def set_and_forget(target: Any, name: str, value: Any) -> None:
         monkeypatch.setattr(target, name, value)

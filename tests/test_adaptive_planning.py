@@ -17,9 +17,12 @@ from jax_aat import (
     last_dispatch,
     plan_tiles,
     profile,
+    router,
     tiled_attention,
 )
-from jax_aat.levels import EXACT, HIDDEN, unpack_levels
+from jax_aat.levels import EXACT, HIDDEN, MEAN, unpack_levels
+from jax_aat.lists import Capacity
+from jax_aat.problem import Options, Slot
 
 
 def inputs(rng, length, heads=4, kv_heads=2, batch=1, dtype="float32", clusters=0):
@@ -206,6 +209,43 @@ def test_a_plan_that_nobody_reads_is_no_result(goal, rng, set_traced):
     ((_, kept_out), _), kept = ran(jax.value_and_grad(loss, has_aux=True))
     assert alone < plan.list_entries.nbytes < kept
     assert_same_bits(out, kept_out)
+
+
+SPOILED = {"finite": 0.0, "infinite": np.inf, "not a number": np.nan, "huge": 3e38}
+BOUNDED = {
+    "causal": {"is_causal": True},
+    "everything": {},
+    "window": {"is_causal": True, "local_window_size": (1200, 0)},
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("name", BOUNDED)
+def test_joined_lists_have_the_room_that_a_budget_lets_them_need(name, spoiled, rng, set_traced):
+    """Nothing in the operands makes tiles read more, so that no entry of a list is left out."""
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    q, k, v = inputs(rng, 2100, kv_heads=4, batch=2, clusters=9)
+    if spoiled != "finite":
+        k = k.at[0, 5::16, :, 3].set(SPOILED[spoiled])
+        v = v.at[1, 9::16, :, 3].set(SPOILED[spoiled])
+    adaptation = Adaptation(budget=0.03, stages=1)
+    call = {"implementation": "vulkan", **BOUNDED[name]}
+    plan = jax.jit(lambda *x: plan_tiles(*x, adaptation, **call))(q, k, v)
+    known = {Slot.Q: q, Slot.K: k, Slot.V: v}
+    options = Options(0.25, "is_causal" in call, call.get("local_window_size", (-1, -1)))
+    capacity = Capacity.of(plan.grid, options.causal, options.window)
+    room = router.list_capacity(known, options, plan.grid, adaptation) - capacity.entries
+    room = plan.grid.lists * (room + capacity.granules)
+    assert room < 0.9 * plan.grid.lists * capacity.granules
+    level = unpack_levels(plan.levels, plan.grid.granules)
+    read = ((level == EXACT) | (level == MEAN)).sum((1, 2, 3))
+    assert (read <= room).all()
+
+    def attend(*x, plan=None):
+        return tiled_attention(*x, adaptation=adaptation, plan=plan, **call)
+
+    out, kept = jax.jit(attend)(q, k, v), jax.jit(attend)(q, k, v, plan=plan)
+    np.testing.assert_array_equal(out, kept)
 
 
 def test_second_derivatives(rng, one_submission):

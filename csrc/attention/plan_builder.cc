@@ -82,6 +82,10 @@ void PlanBuilder::EndSharedScratch() {
   plan_.scratch_bytes = std::max(plan_.scratch_bytes, shared_end_);
 }
 
+void PlanBuilder::AddScratchFrom(std::uint64_t offset) {
+  plan_.scratch_bytes = std::max(plan_.scratch_bytes, offset);
+}
+
 void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t words) {
   std::uint64_t stride = words;
   for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {

@@ -66,6 +66,9 @@ class PlanBuilder {
   void BeginSharedScratch();
   void ShareScratch();
   void EndSharedScratch();
+  // Where what is added next lies, and that it is to lie there at least.
+  std::uint64_t scratch_end() const { return plan_.scratch_bytes; }
+  void AddScratchFrom(std::uint64_t offset);
 
   void CountLists(std::uint64_t lists) { plan_.counted_lists = lists; }
 

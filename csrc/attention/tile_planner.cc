@@ -27,6 +27,7 @@ constexpr std::uint64_t kMostSlabs = 1024;
 constexpr std::uint64_t kMostSlabBytes = std::uint64_t{1} << 28;
 constexpr std::uint64_t kSlabAlignment = 64;  // floats
 constexpr std::uint32_t kCoopmatThreads = 128;
+constexpr std::uint32_t kMatrixRows = 16;
 // Shared memory of the router besides staged rows and notes, at most.
 constexpr std::uint32_t RouterSharedBytes(std::uint32_t threads) { return 36 * threads + 2560; }
 constexpr std::uint32_t kPortableStagedBytes = 8192;
@@ -44,7 +45,7 @@ class TilePlanner {
     const bool makes_prices = !builder_.Has(FEATURE_PRICES);
     const bool makes_lists = builder_.Has(FEATURE_MAKES_LISTS);
     const bool keeps_plan = builder_.problem().keeps_plan;
-    if (!keeps_plan) AddLevels();
+    if (!keeps_plan) AddHeaders();
     if (builder_.Has(FEATURE_SEGMENTS)) AddSegmentRanges();
     if (builder_.Has(FEATURE_SPARE_ROWS)) {
       builder_.AddBatchScratch(OPERAND_HISTOGRAM, kHistogramWords);
@@ -52,13 +53,19 @@ class TilePlanner {
                     DivideUp(kHistogramWords * std::uint64_t{params_.batch_count}, Threads()));
     }
     builder_.BeginSharedScratch();
+    std::uint64_t prices_end = builder_.scratch_end();
     if (makes_prices) {
       if (makes_lists) AddPrices();
+      prices_end = builder_.scratch_end();
       AddRouter();
     }
     builder_.ShareScratch();
-    // Lists are made when all prices have become levels.
-    if (!keeps_plan) AddRows(OPERAND_LIST_ENTRIES, 1, params_.list_capacity);
+    if (!keeps_plan) {
+      // Lists are made when all prices have become levels, levels when the router has made these.
+      AddEntries();
+      builder_.AddScratchFrom(prices_end);
+      AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_));
+    }
     builder_.EndSharedScratch();
     if (!makes_lists) return;
     if (builder_.Has(FEATURE_SPARE_ROWS)) {
@@ -100,11 +107,20 @@ class TilePlanner {
     dispatch.specialization[kThreads] = params_.super_tile_granules;
   }
 
-  // As scratch, what of a plan that nobody keeps its lists are made from, and where these begin.
-  void AddLevels() {
-    AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_));
+  // As scratch, where the lists of a plan that nobody keeps begin.
+  void AddHeaders() {
     AddRows(OPERAND_LIST_HEADERS, params_.plan_tiles, kHeaderWords);
     if (builder_.Has(FEATURE_SPARE_ROWS)) AddRows(OPERAND_LAMBDA, 1, 1);
+  }
+
+  // Likewise the lists, one after the other: what one does not need another may.
+  void AddEntries() {
+    const std::uint64_t entries = std::uint64_t{params_.list_capacity} * Lists();
+    CheckIndex(entries, "work lists");
+    params_.list_capacity = static_cast<std::uint32_t>(entries);
+    params_.operand[OPERAND_LIST_ENTRIES].head_stride = 0;
+    params_.operand[OPERAND_LIST_ENTRIES].column_stride = 1;
+    builder_.AddBatchScratch(OPERAND_LIST_ENTRIES, entries);
   }
 
   // Scratch of so many rows a list, of so many words each.
@@ -140,7 +156,7 @@ class TilePlanner {
     params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
     builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
     const std::uint32_t shared_notes = SharedNotes(router);
-    const std::uint64_t slab = SlabFloats(shared_notes != 1);
+    const std::uint64_t slab = SlabFloats(shared_notes != 1, on_matrices);
     const std::uint64_t workgroups =
         std::clamp<std::uint64_t>(kMostSlabBytes / (4 * slab), 1, std::min(kMostSlabs, Tiles()));
     params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
@@ -218,12 +234,15 @@ class TilePlanner {
   }
 
   // What a workgroup of the router notes of a tile (shaders/common/router_slab.glsl).
-  std::uint64_t SlabFloats(bool notes_are_shared) const {
+  std::uint64_t SlabFloats(bool notes_are_shared, bool in_halves) const {
     const std::uint64_t quads = DivideUp(params_.head_dim, 4);
     const std::uint64_t sub_positions = std::min(params_.plan_positions, kSubQueryPositions);
     const std::uint64_t subs = params_.plan_positions / sub_positions * TileHeads(params_);
+    const bool has_stage_2 = params_.candidate_share > 0;
     const std::uint64_t fine_subs =
-        subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions));
+        has_stage_2
+            ? subs * (sub_positions / std::min<std::uint64_t>(sub_positions, kFinePositions))
+            : 0;
     const double wanted = std::ceil(params_.candidate_share * Granules(params_));
     const std::uint64_t candidates =
         std::min<std::uint64_t>(static_cast<std::uint64_t>(wanted), Places()) + 1;
@@ -231,9 +250,10 @@ class TilePlanner {
     const std::uint64_t of_key_tiles =
         IsForemost() ? KeyTiles(params_) * (4 * quads_of_subs + 2) : 0;
     const std::uint64_t notes = notes_are_shared ? 0 : Notes();
-    const std::uint64_t floats = (subs + fine_subs) * quads * 8 +
-                                 Places() * (8 * quads_of_subs + 1) + notes + of_key_tiles +
-                                 SuperTiles() * subs + candidates * fine_subs;
+    const std::uint64_t queries =
+        in_halves ? (kMatrixRows + fine_subs) * quads * 4 : (subs + fine_subs) * quads * 8;
+    const std::uint64_t floats = queries + Places() * (8 * quads_of_subs + 1) + notes +
+                                 of_key_tiles + SuperTiles() * subs + candidates * fine_subs;
     return DivideUp(floats, kSlabAlignment) * kSlabAlignment;
   }
 
@@ -247,10 +267,12 @@ class TilePlanner {
     builder_.AddBarrier();
     Add("plan_levels", kVisibilityFeatures | FEATURE_PREVIOUS_LEVELS, Tiles());
     builder_.AddBarrier();
-    Add("plan_list_starts", 0, std::uint64_t{Lists()} * params_.batch_count);
+    const std::uint32_t are_joined = builder_.problem().keeps_plan ? 0 : 1;
+    Add("plan_list_starts", 0, std::uint64_t{Lists()} * params_.batch_count)
+        .specialization.push_back(are_joined);
     AddKeyLists(kCount);
     builder_.AddBarrier();
-    Add("plan_lists", kVisibilityFeatures, Tiles());
+    Add("plan_lists", kVisibilityFeatures, Tiles()).specialization.push_back(are_joined);
     AddKeyLists(kList);
   }
 

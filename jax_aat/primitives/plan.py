@@ -18,7 +18,7 @@ from jax_aat.adaptation import Adaptation, grid_of
 from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import Grid
-from jax_aat.lists import Capacity, list_capacity, pack
+from jax_aat.lists import Capacity, pack
 from jax_aat.primitives import rules
 from jax_aat.primitives.forward import NAMES
 from jax_aat.primitives.partition import devices_marker
@@ -135,7 +135,7 @@ def _bind(
         candidate_share=router.candidate_share(adaptation, options, grid),
         floor_share=router.floor_share(adaptation),
         judged_key_tiles=judged_key_tiles(operands, grid, share),
-        list_capacity=list_capacity(grid, options),
+        list_capacity=router.list_capacity(operands, options, grid, adaptation),
     )
     return rules.bind(
         primitive,

@@ -54,6 +54,9 @@ vec2 capped(float logit) {
 float log_count(uint first, uint rows) { return log_or_none(float(rows_from(first, rows))); }
 
 uint upper_half(float x) { return x > 0.0 ? floatBitsToUint(x) >> 16 : 0; }
+// Of any that is not finite the largest that is: nothing but the boundary makes a tile read more than
+// a budget allows.
+uint finite_price(float x) { return min(upper_half(x), PRICE_INFINITE - 1); }
 
 // Of the kernel: both stages' products.
 //
@@ -283,7 +286,7 @@ uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
     // By what level 2 adds, so that the rounding of variances is not that of a difference.
     float added = fma(errors.x + errors.y, value.y, errors.y * value.x);
     exact = min(exact, (error + added) / float(GRANULE_ROWS));
-    mean = upper_half(added);
+    mean = finite_price(added);
   }
   return uvec2(upper_half(exact), mean);
 }
@@ -322,7 +325,7 @@ void write_prices(Tile tile, uvec2 prices) {
         }
         set_note(place, with_importance(note, importance));
         price = prices_of(importance, errors, value[j] / unit, note);
-        if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
+        price.x = (note & MARK_WHOLE) != 0 ? min(price.x, PRICE_INFINITE - 1) : PRICE_INFINITE;
       }
       if (has_price(place)) Words(prices).word[price_place(place)] = price.x << 16 | price.y;
     }

@@ -39,11 +39,16 @@ uint candidate_count() {
   return min(wanted, place_count());
 }
 
+// Of sub-queries; those that are halves are rows of matrices, of which stage 1 takes 16.
+const uint STAGE_2_SUBS = STAGES > 1 ? FINE_SUBS : 0;
+const uint QUERY_FLOATS =
+    KEYS_IN_HALVES ? (16 + STAGE_2_SUBS) * QUADS * 4 : (SUBS + STAGE_2_SUBS) * QUADS * 8;
+
 Slab slab_of(uint workgroup) {
   uvec2 at = view_of(OPERAND_ROUTER_SCRATCH, workgroup, 2).base;
   Slab slab;
   slab.queries = SharedVectors(at);
-  at = offset_by(at, (SUBS + FINE_SUBS) * QUADS * 8);
+  at = offset_by(at, QUERY_FLOATS);
   slab.log_mass = SharedVectors(at);
   at = offset_by(at, place_count() * SUB_QUADS * 4);
   slab.variances = SharedQuads(at);
