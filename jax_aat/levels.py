@@ -156,6 +156,12 @@ def unpack_levels(words: jax.Array, granules: int) -> jax.Array:
     return jnp.reshape(fields, (*words.shape[:-1], -1))[..., :granules]
 
 
+def without_means(words: jax.Array) -> jax.Array:
+    """A levels map, [..., W] uint32, in which levels 1 and 2 are hidden."""
+    low, high = words & jnp.uint32(0x55555555), words & jnp.uint32(0xAAAAAAAA)
+    return jnp.bitwise_or(words, low << 1 | high >> 1)
+
+
 def settled(
     finer: jax.Array, level: jax.Array, coarser: jax.Array, previous: jax.Array
 ) -> jax.Array:

@@ -30,6 +30,7 @@ from jax_aat.levels import (
     pack_levels,
     settled,
     unpack_levels,
+    without_means,
 )
 from jax_aat.lists import Capacity
 from jax_aat.problem import Operands, Options, Slot, counted
@@ -123,7 +124,12 @@ def goal_of(
         price = jnp.exp(jnp.asarray(log_lambda, jnp.float32))
     shape = (operands[Slot.Q].shape[0], grid.lists)
     goal = {Slot.LAMBDA: jnp.broadcast_to(price, shape)}
-    return goal if previous is None else goal | {Slot.PREVIOUS_LEVELS: previous}
+    if previous is None:
+        return goal
+    if MEAN not in adaptation.levels:
+        # A state of other levels knows means, which lie between those in use.
+        previous = without_means(previous)
+    return goal | {Slot.PREVIOUS_LEVELS: previous}
 
 
 def levels_at(

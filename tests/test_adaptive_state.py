@@ -12,9 +12,18 @@ import orbax.checkpoint as ocp
 import pytest
 from comparison import assert_close, assert_same_bits, normal
 
-from jax_aat import Adaptation, tiled_attention
+from jax_aat import Adaptation, plan_tiles, tiled_attention
 from jax_aat.audit import Audit
-from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, settled
+from jax_aat.levels import (
+    EXACT,
+    HIDDEN,
+    MEAN,
+    SUPER_MEAN,
+    Grid,
+    pack_levels,
+    settled,
+    unpack_levels,
+)
 from jax_aat.state import REST, ResolutionState, resolution_change
 
 GRID = Grid(1024, 1024, 4, 2, 128, 1024)  # two lists of two heads
@@ -107,6 +116,20 @@ def test_levels_change_only_beyond_the_margin():
     by_name = {name: jnp.array(x) for name, x in levels.items()}
     previous = jnp.array([MEAN, MEAN, EXACT, SUPER_MEAN, HIDDEN])
     np.testing.assert_array_equal(settled(**by_name, previous=previous), [0, 1, 0, 2, 1])
+
+
+def test_a_state_of_other_levels_brings_no_means(implementation, rng):
+    """They lie between exact and hidden, where hysteresis would keep them."""
+    q, k, v = (normal(rng, 1, 1024, 2, 8) for _ in range(3))
+    adaptation = Adaptation(threshold=1.5e-5, levels=(0,))
+    plan = functools.partial(plan_tiles, q, k, v, adaptation, implementation=implementation)
+    state = ResolutionState.init(q, k, adaptation)
+    alone = plan()
+    for level in (MEAN, SUPER_MEAN):
+        levels = pack_levels(jnp.full((1, 2, 16, 64), level))
+        assert_same_bits(plan(state=dataclasses.replace(state, levels=levels)), alone)
+    level = unpack_levels(alone.levels, 64)
+    assert set(np.unique(level)) == {EXACT, HIDDEN}
 
 
 def test_resolution_change_counts_what_both_see():

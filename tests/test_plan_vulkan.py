@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_aat import Adaptation, TilePlan, last_dispatch, router
 from jax_aat.boundary import boundary
-from jax_aat.levels import Grid
+from jax_aat.levels import Grid, without_means
 from jax_aat.lists import Capacity, pack
 from jax_aat.primitives.plan import LISTS, make_plan
 from jax_aat.primitives.vulkan_call import vulkan_call
@@ -104,7 +104,8 @@ class Case:
             operands[Slot.LAMBDA] = jnp.asarray(spread, jnp.float32)
         if previous:
             words = rng.integers(0, 2**32, (*tiles, grid.words), dtype=np.uint32)
-            operands[Slot.PREVIOUS_LEVELS] = jnp.asarray(words)
+            is_dropped = adaptation.levels == (0,)
+            operands[Slot.PREVIOUS_LEVELS] = (without_means if is_dropped else jnp.asarray)(words)
         return cls(operands, Options(1.0, causal, window), grid, adaptation)
 
     def expected(self) -> Operands:
