@@ -15,7 +15,8 @@ from jax_aat.problem import Operands, Options, Slot, accumulation_dtype
 
 IMPLEMENTATIONS = ("vulkan", "xla")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_WIDEST_WINDOW = 2**30
+WIDEST_WINDOW = 2**30
+"""A side of a window that reaches further reaches as far."""
 _INT32 = np.iinfo(np.int32)
 _SOFT_CAPS = (1e-30, 1e30)
 """Between these a logit divided by the cap is a normal float32, if it is near 1 or the cap."""
@@ -247,7 +248,7 @@ def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
         )
     if min(sides) < 0:
         raise ValueError(f"local_window_size: got {window}, expected no negative side")
-    left, right = (min(int(side), _WIDEST_WINDOW) for side in sides)
+    left, right = (min(int(side), WIDEST_WINDOW) for side in sides)
     return left, right
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_aat.adaptation import Adaptation, grid_of
+from jax_aat.arguments import WIDEST_WINDOW, is_integer
 from jax_aat.boundary import Boundary, boundary
 from jax_aat.levels import (
     EXACT,
@@ -41,8 +41,6 @@ _ARRAYS = ("levels", *_LISTS.values(), "log_lambda")
 _FIXED = ("grid", "adaptation", "causal", "window", "hides")
 _HIDING = (Slot.Q_LENGTHS, Slot.KV_LENGTHS, Slot.Q_SEGMENTS, Slot.MASK)
 """Operands that hide keys from queries, besides causality and window."""
-_NOT_A_PLAN = (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What reading a file that holds something else raises."""
 
 
 @functools.partial(
@@ -209,6 +207,35 @@ class TilePlan:
                     f"expected {core.dtype.name}{list(shape)}"
                 )
 
+    def _check_fixed(self) -> None:
+        """Checks what is no array, before anything is computed of it."""
+        grid, window = self.grid, self.window
+        sizes = dataclasses.astuple(grid)
+        if not all(is_integer(size) and size > 0 for size in sizes) or grid.heads % grid.kv_heads:
+            raise ValueError(
+                f"plan.grid: got {grid}, expected positive integers, heads a multiple of kv_heads"
+            )
+        expected = self.adaptation.grid(*sizes[:4])
+        if grid != expected:
+            raise ValueError(f"plan.grid: got {grid}, expected that of its adaptation, {expected}")
+        for name in ("causal", "hides"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"plan.{name}: got {getattr(self, name)!r}, expected True or False"
+                )
+        is_pair = isinstance(window, tuple) and len(window) == 2
+        if not is_pair or not all(is_integer(x) and -1 <= x <= WIDEST_WINDOW for x in window):
+            raise ValueError(
+                f"plan.window: got {window!r}, expected two integers from -1 to {WIDEST_WINDOW}"
+            )
+        # Alone and first: the other shapes are found by arrays as long as the grid says.
+        tiles = (grid.lists, grid.tiles, grid.words)
+        if self.levels.shape[-3:] != tiles:
+            raise ValueError(
+                f"plan.levels: got shape {list(self.levels.shape)}, expected it to end in "
+                f"{list(tiles)}"
+            )
+
     def for_call(self, operands: Operands, options: Options) -> "TilePlan":
         """The plan for a call, which must have the shapes, causality and window of its own.
 
@@ -246,15 +273,20 @@ class TilePlan:
           The plan itself.
 
         Raises:
-          ValueError: An array has a wrong shape or dtype, levels let a tile see what causality and
-            window hide or hide what nothing hides, a list does not say what the levels say, or a
-            lambda is not a number.
+          ValueError: The grid is not that of the adaptation, causality or window are none, an array
+            has a wrong shape or dtype, a level is not in use, levels let a tile see what causality
+            and window hide or hide what nothing hides, a list does not say what the levels say, or
+            a log lambda is not a number (infinite it may be: where everything is exact, and where
+            a budget leaves no room).
         """
+        self._check_fixed()
         self._check_types()
         batch = self.levels.ndim - 3
         flat = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[batch:])), self)
         packed, level, allowed, lists = _expected(flat)
         _require(flat.levels, packed, "levels", "a level of a granule past the last")
+        used = np.isin(level, (*self.adaptation.levels, HIDDEN))
+        _require(used, True, "levels", "a level that its adaptation does not use")
         _require(level, allowed, "levels", "a level that causality or window forbids")
         for name, expected in zip(_LISTS.values(), lists, strict=True):
             _require(getattr(flat, name), expected, name, "something else than the levels say")
@@ -287,13 +319,26 @@ class TilePlan:
           OSError: The file cannot be read.
           ValueError: It is not a plan, or it is corrupted; says what is wrong.
         """
+        with open(path, "rb") as file:
+            content = file.read()
+        try:
+            return cls._read(content).validate()
+        except ValueError as error:
+            raise ValueError(f"{path}: is not a plan that TilePlan.save wrote: {error}") from error
+
+    @classmethod
+    def _read(cls, content: bytes) -> "TilePlan":
         try:
             # What is no archive NumPy takes for a pickle.
-            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            with (
+                zipfile.ZipFile(io.BytesIO(content)),
+                np.load(io.BytesIO(content), allow_pickle=False) as file,
+            ):
                 arrays: list[Any] = [jnp.asarray(file[name]) for name in _ARRAYS]
-                return cls(*arrays, *_of_json(str(file["fixed"]))).validate()
-        except _NOT_A_PLAN as error:
-            raise ValueError(f"{path}: is not a plan that TilePlan.save wrote: {error}") from error
+                return cls(*arrays, *_of_json(str(file["fixed"])))
+        # A broken file makes NumPy, zipfile, json and tokenize raise errors of a dozen types.
+        except Exception as error:
+            raise ValueError(str(error) or type(error).__name__) from error
 
     def rows(self) -> jax.Array:
         """Keys and coarse rows that each tile reads, [B, L, I] float32."""
@@ -358,9 +403,9 @@ def _of_json(text: str) -> tuple[Any, ...]:
     return (
         Grid(**fixed["grid"]),
         Adaptation(**adaptation),
-        bool(fixed["causal"]),
+        fixed["causal"],
         tuple(fixed["window"]),
-        bool(fixed["hides"]),
+        fixed["hides"],
     )
 
 
