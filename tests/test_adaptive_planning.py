@@ -248,6 +248,50 @@ def test_joined_lists_have_the_room_that_a_budget_lets_them_need(name, spoiled, 
     np.testing.assert_array_equal(out, kept)
 
 
+@pytest.mark.parametrize(
+    ("goal", "report", "calls"),
+    [
+        ({"budget": 0.5}, True, 1),
+        ({"threshold": 1e-3}, True, 1),
+        ({"tolerance": 0.3}, True, 1),
+        # Bounds are made from attention to the exact keys alone.
+        ({"budget": 0.5}, "certified", 2),
+    ],
+    ids=str,
+)
+def test_a_report_asks_nothing_of_the_host(goal, report, calls, rng, set_traced):
+    """It is made of arrays of the call: nothing calls back, and it takes no submission."""
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    q, k, v = inputs(rng, 300)
+    adaptation = Adaptation(**goal, query_tile=32, audit_rate=0.125)
+    state = ResolutionState.init(q, k, adaptation, is_causal=True) if "tolerance" in goal else None
+
+    def attend(q, k, v):
+        return tiled_attention(
+            *(q, k, v),
+            adaptation=adaptation,
+            is_causal=True,
+            implementation="vulkan",
+            state=state,
+            return_report=report,
+        )
+
+    def watched(q, k, v):
+        out, *others = attend(q, k, v)
+        jax.debug.callback(lambda x: None, out[0, 0, 0, 0])
+        return out, *others
+
+    lowered, told = (jax.jit(f).lower(q, k, v) for f in (attend, watched))
+    assert lowered.as_text().count("custom_call @jax_aat_") == calls
+    assert "callback" not in lowered.as_text()
+    # As it would be if one did.
+    assert "callback" in told.as_text()
+    run = lowered.compile()
+    before = last_dispatch().sequence if last_dispatch() else 0
+    jax.block_until_ready(run(q, k, v))
+    assert last_dispatch().sequence == before + calls
+
+
 def test_second_derivatives(rng, one_submission):
     q, k, v = inputs(rng, 200)
     adaptation = Adaptation(threshold=1e-3, query_tile=16)
