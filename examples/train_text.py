@@ -150,12 +150,14 @@ class Trainer:
 
         self.state = initialise()
         self.reports: Any = {}
+        self.steps = 0
         self._step = step
         self._loss = jax.jit(lambda state, windows: loss(*state, windows)[0])
 
     def step(self, windows: jax.Array) -> jax.Array:
         """Takes a step of training and returns the loss before it."""
         self.state, loss, self.reports = self._step(self.state, windows)
+        self.steps += 1
         return loss
 
     def held_out_loss(self, batches: np.ndarray) -> float:
@@ -240,7 +242,10 @@ def main(arguments: Sequence[str] | None = None) -> History:
     text = load_text()
     print(f"text       {text.files} files, {len(text.train)} bytes, {len(text.held_out)} held out")
     history, trainer = train(args, text)
-    print(f"attention  {jax_aat.last_dispatch() or 'by XLA'}")
+    if trainer.steps:
+        print(f"attention  {jax_aat.last_dispatch() or 'by XLA'}")
+    else:
+        print(f"attention  none ran, so none is reported: all {args.steps} steps were taken before")
     baseline = byte_frequency_loss(text)
     for name, nats in (("model", history.held_out[-1][1]), ("byte frequencies", baseline)):
         print(f"held-out loss of {name}: {nats:.3f} nats, {nats / math.log(2):.3f} bits a byte")

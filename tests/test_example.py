@@ -85,6 +85,11 @@ def test_adaptation_prints_reports_and_draws_the_levels(tmp_path: Path) -> None:
     resumed = run_example(tmp_path, *flags, "--steps=5", "--adaptation=tolerance=0.1", "--resume")
     assert "resumed    at step 3" in resumed.printed
     assert (tmp_path / "resolution.png").exists()
+    assert "Attention_0\n" in resumed.printed
+    again = run_example(tmp_path, *flags, "--steps=5", "--adaptation=tolerance=0.1", "--resume")
+    assert "attention  none ran, so none is reported: all 5 steps were taken" in again.printed
+    assert "Attention_0\n" not in again.printed
+    assert (again.train, again.held_out) == (resumed.train, resumed.held_out)
 
 
 def test_an_adaptation_that_means_nothing_is_refused_in_words() -> None:
