@@ -46,7 +46,8 @@ class Report:
         those that are left out.
       forced: Share of the granules that are exact because causality, window, lengths, segments,
         mask or bias allow nothing else.
-      forced_by_options: Share of them that causality and window alone would not have made exact.
+      forced_by_options: Share of the granules that causality and window alone would not have made
+        exact.
       flops: FLOPs a query for the rows that are read.
       hidden_flops: Those of them for pairs that do not see each other, in granules of which a part
         is hidden.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
@@ -379,11 +380,13 @@ def _rows_by_shape(
             exact = read = ~bounds.whole
             if MEAN in adaptation.levels:
                 read |= ~bounds.super_whole if SUPER_MEAN in adaptation.levels else True
-            shape = (grid.lists, grid.tiles, grid.granules)
-            counts = (jnp.broadcast_to(bounds.seen & x, shape).sum() for x in (exact, read))
-            return _spare_rows(shapes, options, grid, adaptation)[0], *counts
+            by_tile = ((bounds.seen & x).sum(-1) for x in (exact, read))
+            return _spare_rows(shapes, options, grid, adaptation)[0], *by_tile
 
-        spare, exact, read = rows.lower().compile()()
+        spare, *by_tile = rows.lower().compile()()
+        # All tiles together may read more than 32 bits count.
+        shape = (grid.lists, grid.tiles)
+        exact, read = (np.broadcast_to(x, (1, *shape)).sum(dtype=np.int64) for x in by_tile)
         return float(spare), int(exact), int(read)
 
 
@@ -425,14 +428,18 @@ def visible_rows(operands: Operands, options: Options, grid: Grid, bounds: Bound
       [B] float32.
     """
     shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
+    whole = jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0).sum(-1)
+    whole = jnp.broadcast_to(whole.astype(jnp.float32), shape) * _existing(operands, grid)
+    pairs = dense_flops(operands, options, grid) / (4 * operands[Slot.Q].shape[-1])
+    return jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
+
+
+def _existing(operands: Operands, grid: Grid) -> jax.Array:
+    """Share of the positions of each tile that are queries: [B or 1, 1, I] float32."""
     position = jnp.arange(grid.tiles * grid.positions)
     limit = operands.get(Slot.Q_LENGTHS, jnp.full(1, grid.queries))[:, None]
     exists = position < jnp.minimum(limit, grid.queries)
-    exists = exists.reshape(-1, 1, grid.tiles, grid.positions).astype(jnp.float32).mean(-1)
-    whole = jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0).sum(-1)
-    whole = jnp.broadcast_to(whole.astype(jnp.float32), shape) * exists
-    pairs = dense_flops(operands, options, grid) / (4 * operands[Slot.Q].shape[-1])
-    return jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
+    return exists.reshape(-1, 1, grid.tiles, grid.positions).astype(jnp.float32).mean(-1)
 
 
 def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
@@ -444,8 +451,9 @@ def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
     count = _visible_keys(operands, options, grid).sum(-1) * grid.heads
     if Slot.MASK in operands or Slot.Q_SEGMENTS in operands:
         seen = boundary(operands, options, grid).seen
-        seen = jnp.broadcast_to(seen, (count.shape[0], grid.lists, *seen.shape[-2:]))
-        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32).sum((1, 2))
+        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32)
+        rows = rows * _existing(operands, grid)
+        rows = jnp.broadcast_to(rows, (count.shape[0], grid.lists, grid.tiles)).sum((1, 2))
         count = jnp.minimum(count, rows * grid.query_tile)
     return 4.0 * operands[Slot.Q].shape[-1] * count
 

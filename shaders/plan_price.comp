@@ -26,8 +26,11 @@ shared uvec2 found_counts;
 
 uint list_count() { return PARAMS.query_heads / TILE_HEADS; }
 
-// Of a batch entry, and of every granule there is for each tile.
-uint granules_of_tiles() { return list_count() * PARAMS.plan_tiles * granule_count(); }
+// Of a batch entry, and of every granule there is for each tile; at most what 32 bits hold.
+uint granules_of_tiles() {
+  uvec2 granules = multiply_wide(list_count() * PARAMS.plan_tiles, granule_count());
+  return granules.y != 0 ? 0xffffffffu : granules.x;
+}
 
 // Whether so many granules are more rows than may be read.
 bool exceeds(uvec2 granules, float spare) {

@@ -90,6 +90,17 @@ def test_flops_are_those_of_queries_that_exist(rng):
     np.testing.assert_allclose(report.hidden_flops, hidden, 1e-4)
 
 
+@pytest.mark.parametrize("lengths", [{}, {"query_seq_lengths": jnp.array([97, 70])}], ids=str)
+def test_exact_attention_costs_no_more_than_reading_all_that_tiles_see(lengths, rng):
+    """Also where pairs are counted by granules, as segments hide keys."""
+    q, k, v = (x[:, :100] for x in inputs(rng))
+    segments = jnp.broadcast_to(jnp.arange(100) // 20, (B, 100))
+    adaptation = dataclasses.replace(ADAPTATION, audit_rate=0.0)
+    call = functools.partial(attend, query_segment_ids=segments, key_value_segment_ids=segments)
+    _, report = call(q, k, v, adaptation=adaptation, return_report=True, **lengths)
+    assert (report.dense_flops <= report.tiled_flops * (1 + 1e-6)).all()
+
+
 def test_only_calls_that_plan_count_planning(rng):
     q, k, v = inputs(rng)
     call = as_users_compile(functools.partial(attend, adaptation=ADAPTATION, return_report=True))
