@@ -119,9 +119,9 @@ def attend_observed(
     if state is None and not reports:
         return out, lse, None, None
     found = Audit.empty(plan.grid.heads)
-    # Without a tolerance nobody but the report asks what an audit finds.
     batch, queries = out.shape[:2]
     rate = adaptation.audit_rate_for(queries)
+    # Without a tolerance nobody but the report asks what an audit finds.
     audits = rate > 0 and (reports or adaptation.tolerance is not None)
     if audits:
         seed, step = (0, 0) if state is None else (state.seed, state.step)

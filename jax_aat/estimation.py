@@ -25,13 +25,12 @@ from jax_aat.problem import Operands, Options, Slot, problem_words
 from jax_aat.profiling import ProfiledCall, profile
 from jax_aat.router import (
     candidate_share,
-    dense_flops,
     has_state,
-    hidden_rows,
     judged_share,
     list_capacity,
     planning_flops,
 )
+from jax_aat.visible_pairs import dense_flops, hidden_rows
 
 ENOUGH = 5e-3
 """Seconds of the device after which a call tells what longer ones take."""

@@ -17,8 +17,9 @@ from jax_aat.levels import EXACT, Grid, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
-from jax_aat.router import dense_flops, has_state, means_flops, planning_flops, visible_rows
+from jax_aat.router import has_state, means_flops, planning_flops
 from jax_aat.state import resolution_change
+from jax_aat.visible_pairs import dense_flops, existing_positions, visible_rows
 
 _ROUNDING = 1e-3
 """What sums in float32 may be over a budget that is kept."""
@@ -220,8 +221,7 @@ def make_report(
     batch, tokens = operands[Slot.Q].shape[0], grid.queries * level.shape[0] * grid.tile_heads
     a_row = 4.0 * head_dim * grid.query_tile / tokens
     # The last tile may have fewer positions than the others.
-    first = np.arange(grid.tiles) * grid.positions
-    part = np.clip((grid.queries - first) / grid.positions, 0, 1).astype(np.float32)
+    part = existing_positions(grid)[0, 0]
     exact = jnp.where(level == EXACT, grid.granule_sizes, 0)
     coarse = plan.list_headers[..., 3].astype(jnp.float32)
     flops = a_row * (_total(exact, part) + (coarse * part).sum((0, 2)))
@@ -288,10 +288,10 @@ def _overhead(
     return overhead / jnp.maximum(exact_rows * a_row, 1)
 
 
-def _total(x: jax.Array, part: Any = 1.0) -> jax.Array:
+def _total(x: jax.Array, part: jax.Array | None = None) -> jax.Array:
     """Sum of [B, L, I, granules] by list, float32; `part` [I] of each tile."""
-    by_tile = x.sum(-1).astype(jnp.float32) * jnp.asarray(part, jnp.float32)
-    return by_tile.sum((0, 2))
+    by_tile = x.sum(-1).astype(jnp.float32)
+    return (by_tile if part is None else by_tile * part).sum((0, 2))
 
 
 def _percent(x: Any) -> list[str]:

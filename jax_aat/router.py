@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jax_aat._compat import vary_like
 from jax_aat.adaptation import Adaptation, grid_of
-from jax_aat.boundary import Boundary, boundary
+from jax_aat.boundary import boundary
 from jax_aat.hierarchy import judged_key_tiles, predict_foremost
 from jax_aat.levels import (
     EXACT,
@@ -37,6 +37,7 @@ from jax_aat.lists import Capacity
 from jax_aat.problem import Operands, Options, Slot, counted
 from jax_aat.scores import predict
 from jax_aat.summaries import FINE, Keys, Queries, subqueries
+from jax_aat.visible_pairs import dense_flops, hidden_rows, visible_keys
 
 CANDIDATES = 2.0
 """Stage 2 looks at this many times the budget of the granules, tiles of a long sequence look into
@@ -408,73 +409,6 @@ def _spare_rows(
     return spare
 
 
-def hidden_rows(operands: Operands, options: Options, grid: Grid) -> jax.Array:
-    """Rows that tiles read, by batch entry, for pairs that do not see each other: [B] float32.
-
-    They lie in granules that are exact whatever is chosen, because a part of them is hidden. As the
-    FLOPs of exact attention are those of pairs that see each other, so are those of a budget.
-    """
-    bounds = boundary(operands, options, grid)
-    shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
-    read = jnp.where(bounds.seen & ~bounds.whole, GRANULE, 0).sum(-1).astype(jnp.float32)
-    read = jnp.broadcast_to(read, shape).sum((1, 2))
-    return jnp.maximum(read - visible_rows(operands, options, grid, bounds), 0)
-
-
-def visible_rows(operands: Operands, options: Options, grid: Grid, bounds: Boundary) -> jax.Array:
-    """Rows, by batch entry, for pairs that see each other in granules of which a part is hidden.
-
-    Returns:
-      [B] float32.
-    """
-    shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles)
-    whole = jnp.where(bounds.seen & bounds.whole, grid.granule_sizes, 0).sum(-1)
-    whole = jnp.broadcast_to(whole.astype(jnp.float32), shape) * _existing(operands, grid)
-    pairs = dense_flops(operands, options, grid) / (4 * operands[Slot.Q].shape[-1])
-    return jnp.maximum(pairs / grid.query_tile - whole.sum((1, 2)), 0)
-
-
-def _existing(operands: Operands, grid: Grid) -> jax.Array:
-    """Share of the positions of each tile that are queries: [B or 1, 1, I] float32."""
-    position = jnp.arange(grid.tiles * grid.positions)
-    limit = operands.get(Slot.Q_LENGTHS, jnp.full(1, grid.queries))[:, None]
-    exists = position < jnp.minimum(limit, grid.queries)
-    return exists.reshape(-1, 1, grid.tiles, grid.positions).astype(jnp.float32).mean(-1)
-
-
-def dense_flops(operands: Operands, options: Options, grid: Grid) -> jax.Array:
-    """FLOPs of exact attention over the pairs that see each other, by batch entry: [B] float32.
-
-    Pairs are counted one by one for causality, window and lengths, and by granules besides where
-    there are segments or a mask.
-    """
-    count = _visible_keys(operands, options, grid).sum(-1) * grid.heads
-    if Slot.MASK in operands or Slot.Q_SEGMENTS in operands:
-        seen = boundary(operands, options, grid).seen
-        rows = jnp.where(seen, grid.granule_sizes, 0).sum(-1).astype(jnp.float32)
-        rows = rows * _existing(operands, grid)
-        rows = jnp.broadcast_to(rows, (count.shape[0], grid.lists, grid.tiles)).sum((1, 2))
-        count = jnp.minimum(count, rows * grid.query_tile)
-    return 4.0 * operands[Slot.Q].shape[-1] * count
-
-
-def _visible_keys(operands: Operands, options: Options, grid: Grid) -> jax.Array:
-    """Keys that causality, window and lengths let each query see, [B, T] float32."""
-    position = jnp.arange(grid.queries, dtype=jnp.int32)[None]
-    left, right = options.window
-    if options.causal:
-        right = min(0, right) if right >= 0 else 0
-    stop = jnp.minimum(position + right + 1, grid.keys) if right >= 0 else grid.keys
-    start = jnp.maximum(position - left, 0) if left >= 0 else 0
-    batch = operands[Slot.Q].shape[0]
-    if Slot.KV_LENGTHS in operands:
-        stop = jnp.minimum(stop, operands[Slot.KV_LENGTHS][:, None])
-    pairs = jnp.broadcast_to(jnp.maximum(stop - start, 0), (batch, grid.queries))
-    if Slot.Q_LENGTHS in operands:
-        pairs = jnp.where(position < operands[Slot.Q_LENGTHS][:, None], pairs, 0)
-    return pairs.astype(jnp.float32)
-
-
 def is_exact(adaptation: Adaptation) -> bool:
     """Whether everything is to be exact, so that there is nothing to choose."""
     return adaptation.budget == 1 or adaptation.threshold == 0
@@ -539,7 +473,7 @@ def planning_flops(
     if judged == grid.key_tiles:
         everywhere = coarse + to_super + finer * candidates
         return summaries + state + dense * (everywhere / a_pair)
-    seen = _visible_keys(operands, options, grid)
+    seen = visible_keys(operands, options, grid)
     share = jnp.minimum(seen, judged * KEY_TILE).sum(-1) / jnp.maximum(seen.sum(-1), 1)
     to_key_tiles = coarse * GRANULE / KEY_TILE
     stages = coarse * share + to_super + to_key_tiles + finer * candidates

@@ -21,7 +21,8 @@ import jax_aat
 from jax_aat import Adaptation
 from jax_aat.levels import EXACT, HIDDEN, MEAN, SUPER_MEAN, Grid, pack_levels, unpack_levels
 from jax_aat.problem import Options, Slot
-from jax_aat.router import dense_flops, hidden_rows, planning_flops
+from jax_aat.router import planning_flops
+from jax_aat.visible_pairs import dense_flops, hidden_rows
 
 TILE = 32
 STATIC = ("adaptation", "is_causal", "local_window_size", "return_residual", "return_report")

@@ -20,7 +20,7 @@ from jax_aat.levels import EXACT, GRANULE, HIDDEN, unpack_levels
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Options, Slot
 from jax_aat.report import LEVEL_NAMES
-from jax_aat.router import dense_flops, hidden_rows
+from jax_aat.visible_pairs import dense_flops, hidden_rows
 
 _CHARACTERS = "#+. "
 """What levels 0 to 3 look like."""

@@ -53,10 +53,11 @@ vec2 capped(float logit) {
 
 float log_count(uint first, uint rows) { return log_or_none(float(rows_from(first, rows))); }
 
-uint upper_half(float x) { return x > 0.0 ? floatBitsToUint(x) >> 16 : 0; }
-// Of any that is not finite the largest that is: nothing but the boundary makes a tile read more than
-// a budget allows.
-uint finite_price(float x) { return min(upper_half(x), PRICE_INFINITE - 1); }
+// The upper half; of any that is not finite that of the largest that is: nothing but the boundary makes
+// a tile read more than a budget allows.
+uint finite_price(float x) {
+  return x > 0.0 ? min(floatBitsToUint(x) >> 16, PRICE_INFINITE - 1) : 0;
+}
 
 // Of the kernel: both stages' products.
 //
@@ -277,7 +278,7 @@ float value_unit() {
 // of their errors at level 1, and of what level 2 adds to these.
 uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
   if (LEVELS == 1) {
-    return uvec2(upper_half(importance * value.z / float(GRANULE_ROWS)), 0);
+    return uvec2(finite_price(importance * value.z / float(GRANULE_ROWS)), 0);
   }
   float error = errors.x * value.x;
   float exact = error / float(GRANULE_ROWS - 1);
@@ -288,7 +289,7 @@ uvec2 prices_of(float importance, vec2 errors, vec4 value, uint marks) {
     exact = min(exact, (error + added) / float(GRANULE_ROWS));
     mean = finite_price(added);
   }
-  return uvec2(upper_half(exact), mean);
+  return uvec2(finite_price(exact), mean);
 }
 
 // Writes what errors say, and notes the importance of granules as stage 2 sees it.
@@ -325,7 +326,7 @@ void write_prices(Tile tile, uvec2 prices) {
         }
         set_note(place, with_importance(note, importance));
         price = prices_of(importance, errors, value[j] / unit, note);
-        price.x = (note & MARK_WHOLE) != 0 ? min(price.x, PRICE_INFINITE - 1) : PRICE_INFINITE;
+        if ((note & MARK_WHOLE) == 0) price.x = PRICE_INFINITE;
       }
       if (has_price(place)) Words(prices).word[price_place(place)] = price.x << 16 | price.y;
     }
