@@ -16,7 +16,7 @@ _SHORT = 4096
 """Keys up to which a sequence is short: what a tile must read of it weighs more than what tiles
 cost."""
 _LONG = 32768
-"""Keys beyond which a causal sequence is long: for the same loss one stage and a larger budget take
+"""Keys from which a causal sequence is long: for the same loss one stage and a larger budget take
 less time than two stages (docs/adaptation.md)."""
 _AUDIT_RATE, _AUDITED_ROWS = 1 / 64, 128
 """Of a sequence an audit computes the lesser of both: from 32 rows on it tells enough, and each row
@@ -42,7 +42,7 @@ class Adaptation:
       super_tile: Keys of a super-tile, the unit of level 2 and of the state: 256, 512 or 1,024;
         None: 256 where there are up to 4,096 keys, else 1,024.
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
-        foremost granules also by means of 4; None: 1 in causal calls of more than 32,768 keys,
+        foremost granules also by means of 4; None: 1 in causal calls of at least 32,768 keys,
         else 2.
       audit_rate: Fraction of the query rows that an audit computes exactly as well; above 0 with a
         tolerance; None: 1/64, of long sequences fewer, 128 rows.
@@ -129,7 +129,7 @@ class Adaptation:
 
     def stages_for(self, keys: int, causal: bool) -> int:
         """Stages by which a call of S keys is judged."""
-        return self.stages or (1 if causal and keys > _LONG else 2)
+        return self.stages or (1 if causal and keys >= _LONG else 2)
 
 
 def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:

@@ -150,7 +150,7 @@ def test_longer_calls_are_measured_until_one_takes_long(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "causal", "stages"), [(2**15, True, 2), (2**15 + 1, True, 1), (2**15 + 1, False, 2)]
+    ("length", "causal", "stages"), [(2**15 - 1, True, 2), (2**15, True, 1), (2**15, False, 2)]
 )
 def test_stages_go_by_the_length(length, causal, stages):
     def sizes(**fields):

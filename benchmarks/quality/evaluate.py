@@ -13,6 +13,7 @@ short by ``--seconds`` has them. `summary.py` makes tables and pictures of the f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -88,10 +89,10 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
     yield from block(MAIN, args.fractions[2:])
     yield from block(settings, args.fractions)
-    for fraction in args.fractions:
+    for fraction, length in itertools.product(args.fractions, args.lengths):
         for name in [name for name in CONTENDERS if name in args.contenders and name != "exact"]:
-            yield Job(args.lengths[0], name, fraction, args.fidelity_texts, True)
-    yield from block(others, args.fractions, 0.5)
+            yield Job(length, name, fraction, args.fidelity_texts, True)
+    yield from block(others, args.fractions)
 
 
 def windows_of(texts: np.ndarray, length: int) -> np.ndarray:
