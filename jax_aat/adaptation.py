@@ -18,7 +18,7 @@ cost."""
 _LONG = 32768
 """Keys from which a causal sequence is long: for the same loss one stage and a larger budget take
 less time than two stages (docs/adaptation.md)."""
-_AUDIT_RATE, _AUDITED_ROWS = 1 / 64, 128
+_AUDIT_RATE, _AUDITED_ROWS = 1 / 64, 64
 """Of a sequence an audit computes the lesser of both: from 32 rows on it tells enough, and each row
 costs as much as the sequence is long."""
 
@@ -45,7 +45,7 @@ class Adaptation:
         foremost granules also by means of 4; None: 1 in causal calls of at least 32,768 keys,
         else 2.
       audit_rate: Fraction of the query rows that an audit computes exactly as well; above 0 with a
-        tolerance; None: 1/64, of long sequences fewer, 128 rows.
+        tolerance; None: 1/64, of long sequences fewer, 64 rows.
       replan_every: Calls that a plan carried in a state serves; without a state every call plans.
 
     Raises:

@@ -16,7 +16,7 @@ from jax import lax
 from jax_aat.levels import EXACT, Grid, unpack_levels
 from jax_aat.problem import Operands, Options, Slot, counted
 from jax_aat.pytrees import exportable
-from jax_aat.rows import LOGITS_AT_ONCE, by_granule, probabilities
+from jax_aat.rows import LOGITS_AT_ONCE, by_granule, softmax_weights
 from jax_aat.tiles import PRECISION, finite
 
 _DEGREES = (0.5, 0.6, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 15, 30, 60, np.inf)
@@ -157,6 +157,8 @@ def audit(
     """
     batch, heads = out.shape[0], grid.heads
     operands = {s: x for s, x in operands.items() if s in _INPUTS} | {Slot.OUT: out}
+    # Where a value that is seen is not finite, neither is the output.
+    operands[Slot.V] = finite(operands[Slot.V])
     operands, levels = lax.stop_gradient((operands, levels))
     names = (*operands, None)
     # What all batch entries share is not copied.
@@ -212,29 +214,48 @@ def _compare(
     positions: jax.Array,
 ) -> dict[str, jax.Array]:
     """What one batch entry's rows at `positions` [R] tell, each [R, N]."""
-    weights, seen = probabilities(operands, options, grid, positions)
+    weights, seen = softmax_weights(operands, options, grid, positions)
     precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
-    # Where a value that is seen is not finite, neither is the output.
-    v = finite(operands[Slot.V].astype(weights.dtype))
-    grouped = weights.reshape(grid.kv_heads, -1, *weights.shape[1:])
-    exact = jnp.einsum("kgrs,skh->rkgh", grouped, v, precision=precision)
-    exact = exact.reshape(-1, grid.heads, exact.shape[-1])
+    # Behind a barrier, as compilers add up all weights once more for the sum of these.
+    mass = lax.optimization_barrier(by_granule(weights, grid.granules).sum(-1))
+    share = 1 / jnp.maximum(mass.sum(-1, keepdims=True), 1e-30)
+    mass *= share
+    v = operands[Slot.V].astype(weights.dtype)
+    grouped = weights.reshape(grid.kv_heads, -1, grid.keys)
+    exact = jnp.einsum("kms,skh->kmh", grouped, v, precision=precision)
+    exact = jnp.moveaxis(exact.reshape(*weights.shape[:2], -1) * share, 0, 1)
     out = operands[Slot.OUT][positions].astype(weights.dtype)
 
-    mass, seen = (by_granule(x, grid.granules) for x in (weights, seen))
-    mass, seen = mass.sum(-1), seen.any(-1)
     level = unpack_levels(levels[:, positions // grid.positions], grid.granules)
-    fine = jnp.repeat(level == EXACT, grid.tile_heads, axis=0) & seen
-    ordered = -jnp.sort(-mass, axis=-1)
-    chosen = jnp.arange(grid.granules) < fine.sum(-1, keepdims=True)
+    fine = jnp.repeat(level == EXACT, grid.tile_heads, axis=0)
+    fine &= by_granule(seen, grid.granules).any(-1)
     by_row = {
         "held": jnp.where(fine, mass, 0).sum(-1).T,
-        "best": jnp.where(chosen, ordered, 0).sum(-1).T,
+        "best": _sum_of_largest(mass, fine.sum(-1)).T,
         "error": ((out - exact) ** 2).sum(-1),
         "exact_norm": (exact**2).sum(-1),
         "norm": (out**2).sum(-1),
     }
     return {name: x.astype(jnp.float32) for name, x in by_row.items()}
+
+
+def _sum_of_largest(x: jax.Array, count: jax.Array) -> jax.Array:
+    """Sum of the `count` [...] largest of numbers from 0 to 1, [..., n], in float32.
+
+    Bits of such numbers are ordered as they are, so that the smallest of those that count is found
+    bit by bit, three at a time: GPUs sort rows of thousands of numbers far slower.
+    """
+    x = x.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    least = jnp.zeros(count.shape, jnp.int32)
+    steps = jnp.arange(1, 8, dtype=jnp.int32)
+    for shift in range(27, -1, -3):
+        tried = least[..., None] + (steps << shift)
+        reached = (bits[..., None, :] >= tried[..., None]).sum(-1) >= count[..., None]
+        least += reached.sum(-1, dtype=jnp.int32) << shift
+    above = bits > least[..., None]
+    ties = (count - above.sum(-1)) * lax.bitcast_convert_type(least, jnp.float32)
+    return jnp.where(above, x, 0).sum(-1) + ties
 
 
 def _ratio(x: Any, y: Any, otherwise: Any) -> jax.Array:

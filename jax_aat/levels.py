@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 GRANULE = 16
 """Keys of a granule, the unit of routing."""
@@ -154,6 +155,26 @@ def unpack_levels(words: jax.Array, granules: int) -> jax.Array:
     """The inverse of `pack_levels`: [..., granules] uint32."""
     fields = (words[..., None] >> _shifts()) & jnp.uint32(3)
     return jnp.reshape(fields, (*words.shape[:-1], -1))[..., :granules]
+
+
+def count_levels(words: jax.Array) -> list[jax.Array]:
+    """How many granules of a tile are at level 0, at level 1 and at level 2: [...] int32 each.
+
+    Args:
+      words: [..., W] uint32, as `pack_levels` makes them.
+    """
+    first = jnp.uint32(0x55555555)
+    low, high = words & first, (words >> 1) & first
+    fields = (first & ~(low | high), low & ~high, high & ~low)
+    return [lax.population_count(x).astype(jnp.int32).sum(-1) for x in fields]
+
+
+def exact_keys(words: jax.Array, grid: Grid) -> jax.Array:
+    """Keys of the granules that a tile sees at level 0: [...] int32 of words [..., W]."""
+    last = grid.granules - 1
+    level = words[..., last // _FIELDS] >> 2 * (last % _FIELDS) & 3
+    missing = GRANULE * grid.granules - grid.keys
+    return GRANULE * count_levels(words)[EXACT] - jnp.where(level == EXACT, missing, 0)
 
 
 def without_means(words: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_aat.audit import Audit
 from jax_aat.boundary import boundary
-from jax_aat.levels import EXACT, Grid, unpack_levels
+from jax_aat.levels import Grid, count_levels, exact_keys
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
@@ -214,18 +214,25 @@ def make_report(
     """
     grid, head_dim = plan.grid, operands[Slot.Q].shape[-1]
     bounds = boundary(operands, options, grid)
-    level = unpack_levels(plan.levels, grid.granules)
-    seen, whole = (jnp.broadcast_to(x, level.shape) for x in (bounds.seen, bounds.whole))
-    at = jnp.stack([(level == which) & seen for which in range(4)], -1)
-    count = jnp.maximum(_total(seen), 1)
-    batch, tokens = operands[Slot.Q].shape[0], grid.queries * level.shape[0] * grid.tile_heads
+    shape = plan.levels.shape[:-1]
+
+    def tiles_see(granules: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(granules.sum(-1), shape).astype(jnp.float32)
+
+    forced = bounds.seen & ~bounds.whole
+    seen = _total(tiles_see(bounds.seen))
+    # What a tile does not see is hidden, so that the rest of what it sees is left out.
+    at = [_total(x.astype(jnp.float32)) for x in count_levels(plan.levels)]
+    at.append(seen - sum(at))
+    count = jnp.maximum(seen, 1)
+    batch, tokens = operands[Slot.Q].shape[0], grid.queries * shape[0] * grid.tile_heads
     a_row = 4.0 * head_dim * grid.query_tile / tokens
     # The last tile may have fewer positions than the others.
     part = existing_positions(grid)[0, 0]
-    exact = jnp.where(level == EXACT, grid.granule_sizes, 0)
+    exact = exact_keys(plan.levels, grid).astype(jnp.float32)
     coarse = plan.list_headers[..., 3].astype(jnp.float32)
-    flops = a_row * (_total(exact, part) + (coarse * part).sum((0, 2)))
-    cut = _total(jnp.where(seen & ~whole, grid.granule_sizes, 0), part).sum()
+    flops = a_row * _total((exact + coarse) * part)
+    cut = _total(tiles_see(jnp.where(forced, grid.granule_sizes, 0)) * part).sum()
     visible = visible_rows(operands, options, grid, bounds).sum()
     hidden = a_row * jnp.maximum(cut - visible, 0) / grid.lists
     a_head = batch * grid.queries * grid.heads
@@ -237,19 +244,20 @@ def make_report(
     if previous is not None:
         change = resolution_change(plan.levels, previous, grid)
     by_list = {
-        "levels": at.sum((0, 2, 3)).astype(jnp.float32) / count[:, None],
-        "forced": _total(seen & ~whole) / count,
-        "forced_by_options": _total(seen & ~whole & _plainly_whole(operands, options, grid))
+        "levels": jnp.stack(at, -1) / count[:, None],
+        "forced": _total(tiles_see(forced)) / count,
+        "forced_by_options": _total(tiles_see(forced & _plainly_whole(operands, options, grid)))
         / count,
         "flops": flops,
         "hidden_flops": jnp.broadcast_to(hidden, count.shape),
         "planning_flops": jnp.broadcast_to(jnp.where(planned, planning, means), count.shape),
         "dense_flops": jnp.broadcast_to(dense, count.shape),
-        "tiled_flops": a_row * _total(jnp.where(seen, grid.granule_sizes, 0), part),
+        "tiled_flops": a_row
+        * _total(tiles_see(jnp.where(bounds.seen, grid.granule_sizes, 0)) * part),
         "allowed_flops": jnp.broadcast_to(
             jnp.inf if budget is None else budget * dense, count.shape
         ),
-        "overhead": _overhead(operands, options, plan, _total(exact), coarse.sum((0, 2))),
+        "overhead": _overhead(operands, options, plan, at[0], _total(exact), _total(coarse)),
         "change": change,
         "log_lambda": plan.log_lambda.mean(0),
     }
@@ -268,6 +276,7 @@ def _overhead(
     operands: Operands,
     options: Options,
     plan: TilePlan,
+    exact_granules: jax.Array,
     exact_rows: jax.Array,
     coarse_rows: jax.Array,
 ) -> jax.Array:
@@ -275,9 +284,8 @@ def _overhead(
     grid, k = plan.grid, operands[Slot.K]
     a_row = 2 * k.shape[-1] * k.dtype.itemsize
     batch = operands[Slot.Q].shape[0]
-    level = unpack_levels(plan.levels, grid.granules)
     # A word a granule or row listed, a header a tile, and the same once more, transposed.
-    words = _total(level == EXACT) + coarse_rows + 4 * grid.tiles * batch
+    words = exact_granules + coarse_rows + 4 * grid.tiles * batch
     lists = 4 * 2 * words + 4 * batch * grid.tiles * grid.words
     summaries = batch * grid.coarse_rows * grid.kv_heads * a_row
     state = 0
@@ -288,10 +296,9 @@ def _overhead(
     return overhead / jnp.maximum(exact_rows * a_row, 1)
 
 
-def _total(x: jax.Array, part: jax.Array | None = None) -> jax.Array:
-    """Sum of [B, L, I, granules] by list, float32; `part` [I] of each tile."""
-    by_tile = x.sum(-1).astype(jnp.float32)
-    return (by_tile if part is None else by_tile * part).sum((0, 2))
+def _total(by_tile: jax.Array) -> jax.Array:
+    """Sum of [B, L, I] by list."""
+    return by_tile.sum((0, 2))
 
 
 def _percent(x: Any) -> list[str]:

@@ -3,6 +3,7 @@
 Operands are those of a call without their batch axis.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -41,18 +42,27 @@ def visibility(
     return visible
 
 
-def probabilities(
+def softmax_weights(
     operands: Mapping[Slot, jax.Array], options: Options, grid: Grid, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Exact probabilities of rows [N, R, S], and which keys they see, [1 or N, R, S]."""
+    """Exact probabilities of rows over the largest of each, [N, R, S], and which keys they see.
+
+    Returns:
+      The weights, of which the largest of a row is 1, all 0 where it sees no key, and [1 or N, R,
+      S] bool.
+    """
     dtype = accumulation_dtype(operands[Slot.Q].dtype)
     precision = PRECISION.get(operands[Slot.Q].dtype, lax.Precision.HIGHEST)
     q, k = (operands[slot].astype(dtype) for slot in (Slot.Q, Slot.K))
-    # q is scaled so that no compiler contracts it with the subtraction below: of large logits that
-    # of rounded ones may be anything.
-    q = q[positions].reshape(len(positions), grid.kv_heads, -1, q.shape[-1]) * options.scale
-    logits = jnp.einsum("rkgh,skh->kgrs", q, k, precision=precision)
-    logits = logits.reshape(grid.heads, *logits.shape[2:])
+    # By a power of 2, which rounds nothing, and the rest after the product: 16-bit operands are
+    # then products of what matrix units take as it is.
+    rest, exponent = math.frexp(abs(options.scale))
+    q = q[positions] * math.copysign(2.0**exponent, options.scale)
+    q = jnp.moveaxis(q, 0, 1).reshape(grid.kv_heads, -1, q.shape[-1])
+    logits = jnp.einsum("kmh,skh->kms", q, k, precision=precision)
+    logits = logits.reshape(grid.heads, len(positions), grid.keys)
+    if options.soft_cap or Slot.BIAS in operands:
+        logits, rest = logits * rest, 1.0
     if options.soft_cap:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
     if Slot.BIAS in operands:
@@ -61,8 +71,10 @@ def probabilities(
     visible = visibility(operands, options, grid, positions)
     logits = jnp.where(visible, logits, -jnp.inf)
     largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.exp(jnp.minimum(logits - jnp.where(largest == -jnp.inf, 0, largest), 0))
-    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30), visible
+    # Scaled after the subtraction: contracted with it, a product that is not rounded would meet
+    # one that is, and of large logits the difference may be anything.
+    below = (logits - jnp.where(largest == -jnp.inf, 0, largest)) * rest
+    return jnp.exp(jnp.minimum(below, 0)), visible
 
 
 def take(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from comparison import normal
 from jax_aat import audit, rows
 from jax_aat.levels import Grid, pack_levels
 from jax_aat.problem import Operands, Options, Slot
+from jax_aat.reference import relative_error
 
 B, T, S, N, K, H = 2, 100, 120, 4, 2, 8
 GRID = Grid(T, S, N, K, query_tile=32, super_tile=256)
@@ -180,12 +181,31 @@ def test_heads_are_judged_together(rng):
     assert low < true < high
 
 
-def test_probabilities_of_large_logits(rng):
-    operands, _, _ = problem(rng)
+def weights_of(operands, scale):
     alone = {slot: x[0] for slot, x in operands.items()}
-    attend = jax.jit(lambda some: rows.probabilities(some, Options(0.3e9), GRID, jnp.arange(T))[0])
-    found = attend(alone)
-    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
-    q, k = alone[Slot.Q], jnp.repeat(alone[Slot.K], N // K, axis=1)
-    best = jnp.einsum("tnh,snh->nts", q, k).argmax(-1)
-    assert (found.argmax(-1) == best).mean() > 0.99
+    options = Options(scale)
+    attend = jax.jit(lambda some: rows.softmax_weights(some, options, GRID, jnp.arange(T))[0])
+    logits = np.einsum("tkgh,skh->kgts", alone[Slot.Q].reshape(T, K, N // K, -1), alone[Slot.K])
+    return np.asarray(attend(alone)), scale * logits.reshape(N, T, -1)
+
+
+def test_weights_of_large_logits(rng):
+    found, logits = weights_of(problem(rng)[0], 0.3e9)
+    assert (found.max(-1) == 1).all()
+    assert (found.argmax(-1) == logits.argmax(-1)).mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.7])
+def test_weights_are_those_of_softmax(scale, rng):
+    found, logits = weights_of(problem(rng)[0], scale)
+    right = np.exp(logits - logits.max(-1, keepdims=True))
+    assert relative_error(found, right) < 1e-5
+
+
+def test_sum_of_largest(rng):
+    x = np.float32(rng.uniform(size=(7, 300)) ** 20)
+    x[1], x[2, ::2], x[3, :40], x[4], x[5, 3] = 0, 0, 1, 1 / 300, 1
+    for count in (0, 1, 17, 299, 300):
+        found = audit._sum_of_largest(jnp.asarray(x), jnp.full(7, count))
+        right = np.sort(x, -1)[:, 300 - count :].sum(-1, dtype=np.float64)
+        np.testing.assert_allclose(found, right, rtol=2e-6)

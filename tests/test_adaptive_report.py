@@ -126,8 +126,8 @@ def test_says_what_audits_cost(reported):
 
 def test_audits_of_long_sequences_take_no_more_rows(rng, monkeypatch):
     adaptation = dataclasses.replace(ADAPTATION, audit_rate=None)
-    assert adaptation.audit_rate_for(8192) == 1 / 64
-    assert adaptation.audit_rate_for(131072) == 128 / 131072
+    assert adaptation.audit_rate_for(4096) == 1 / 64
+    assert adaptation.audit_rate_for(131072) == 64 / 131072
     monkeypatch.setattr(jax_aat.adaptation, "_AUDITED_ROWS", 1)
     call = functools.partial(attend, adaptation=adaptation, return_report=True)
     _, report = call(*inputs(rng))
