@@ -211,6 +211,31 @@ def test_a_plan_that_nobody_reads_is_no_result(goal, rng, set_traced):
     assert_same_bits(out, kept_out)
 
 
+@pytest.mark.parametrize("goal", [{"budget": 0.5}, {"threshold": 1e-3}])
+def test_lists_are_no_result_of_a_call_that_reports(goal, rng, set_traced):
+    """A report reads levels and headers alone; it says of lists in scratch what it says of kept."""
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    operands = inputs(rng, 900)
+    adaptation = Adaptation(**goal, query_tile=32, audit_rate=0.0)
+    call = {"is_causal": True, "implementation": "vulkan"}
+    attend = functools.partial(tiled_attention, adaptation=adaptation, return_report=True, **call)
+
+    def loss(*operands):
+        out, report = attend(*operands)
+        return jnp.square(out).sum(), (out, report)
+
+    plan = plan_tiles(*operands, adaptation, **call)
+    lists = "u32[{},{},{}]".format(*plan.list_entries.shape)
+    alone = jax.jit(attend).lower(*operands).compile()
+    kept = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*operands).compile()
+    assert lists not in alone.as_text()
+    assert lists in kept.as_text()
+    out, report = alone(*operands)
+    ((_, (kept_out, kept_report)), _) = kept(*operands)
+    assert_same_bits(out, kept_out)
+    jax.tree.map(assert_same_bits, report, kept_report)
+
+
 SPOILED = {"finite": 0.0, "infinite": np.inf, "not a number": np.nan, "huge": 3e38}
 BOUNDED = {
     "causal": {"is_causal": True},

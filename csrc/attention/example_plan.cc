@@ -60,7 +60,7 @@ AttentionProblem ExampleProblem(const ExampleCall& call) {
 
   if (call.query_tile > 0) {
     SetPlanShape(params, call.query_tile, call.super_tile, call.list_capacity, 0);
-    problem.keeps_plan = call.list_capacity == 0;
+    problem.keeps_levels = problem.keeps_lists = call.list_capacity == 0;
     params.level_count = call.level_count;
     params.candidate_share = call.candidate_share;
     params.judged_key_tiles = call.judged_key_tiles;

@@ -22,7 +22,9 @@ struct AttentionProblem {
   std::uint32_t features = 0;            // FEATURE_* bits
   // Shapes, strides and options; the addresses and list strides are still zero.
   AttentionParams params = {};
-  bool keeps_plan = true;    // that it makes; else levels and lists are scratch
+  // Of a plan that it makes, what is not kept is scratch.
+  bool keeps_levels = true;  // and headers and lambda
+  bool keeps_lists = true;   // their entries; only with levels
   bool counts_work = false;  // that a plan leaves is counted, into OPERAND_WORK_COUNTS
   // dbias: extents of the gradient of bias [batch axes, heads, queries, keys] where a size of 1
   // means that the backward pass sums over the axis.

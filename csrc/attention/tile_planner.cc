@@ -44,8 +44,8 @@ class TilePlanner {
   void Plan() {
     const bool makes_prices = !builder_.Has(FEATURE_PRICES);
     const bool makes_lists = builder_.Has(FEATURE_MAKES_LISTS);
-    const bool keeps_plan = builder_.problem().keeps_plan;
-    if (!keeps_plan) AddHeaders();
+    const bool keeps_levels = builder_.problem().keeps_levels;
+    if (!keeps_levels) AddHeaders();
     if (builder_.Has(FEATURE_SEGMENTS)) AddSegmentRanges();
     if (builder_.Has(FEATURE_SPARE_ROWS)) {
       builder_.AddBatchScratch(OPERAND_HISTOGRAM, kHistogramWords);
@@ -60,9 +60,9 @@ class TilePlanner {
       AddRouter();
     }
     builder_.ShareScratch();
-    if (!keeps_plan) {
-      // Lists are made when all prices have become levels, levels when the router has made these.
-      AddEntries();
+    // Lists are made when all prices have become levels, levels when the router has made these.
+    if (!builder_.problem().keeps_lists) AddEntries();
+    if (!keeps_levels) {
       builder_.AddScratchFrom(prices_end);
       AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_));
     }
@@ -107,13 +107,13 @@ class TilePlanner {
     dispatch.specialization[kThreads] = params_.super_tile_granules;
   }
 
-  // As scratch, where the lists of a plan that nobody keeps begin.
+  // As scratch, where the lists of a plan begin that nobody keeps anything of.
   void AddHeaders() {
     AddRows(OPERAND_LIST_HEADERS, params_.plan_tiles, kHeaderWords);
     if (builder_.Has(FEATURE_SPARE_ROWS)) AddRows(OPERAND_LAMBDA, 1, 1);
   }
 
-  // Likewise the lists, one after the other: what one does not need another may.
+  // As scratch, lists that nobody keeps, one after the other: what one does not need another may.
   void AddEntries() {
     const std::uint64_t entries = std::uint64_t{params_.list_capacity} * Lists();
     CheckIndex(entries, "work lists");
@@ -267,7 +267,7 @@ class TilePlanner {
     builder_.AddBarrier();
     Add("plan_levels", kVisibilityFeatures | FEATURE_PREVIOUS_LEVELS, Tiles());
     builder_.AddBarrier();
-    const std::uint32_t are_joined = builder_.problem().keeps_plan ? 0 : 1;
+    const std::uint32_t are_joined = builder_.problem().keeps_lists ? 0 : 1;
     Add("plan_list_starts", 0, std::uint64_t{Lists()} * params_.batch_count)
         .specialization.push_back(are_joined);
     AddKeyLists(kCount);

@@ -42,22 +42,27 @@ constexpr std::uint64_t kMeans = kCoarseRows | Bit(OPERAND_LEVEL_BIAS);
 // A call that plans has one of them.
 constexpr std::uint64_t kGoals = Bit(OPERAND_SPARE_ROWS) | Bit(OPERAND_LAMBDA);
 
-// Of the pass that makes a plan, or prices only, or of what attends by a plan of its own.
-PassSlots SlotsOfPlanning(const CallAttributes& attributes) {
-  const bool keeps_plan = attributes.results & Bit(OPERAND_LEVELS);
-  if (!keeps_plan && !(attributes.operands & kGoals)) {
+// Of the pass that makes a plan, or prices only, or of what attends by a plan of its own, which may
+// keep nothing of it, or no lists, or no transposed ones.
+PassSlots SlotsOfPlanning(const CallAttributes& attributes, bool attends) {
+  if (!(attributes.operands & kGoals)) {
     return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
   }
-  // Transposed lists may be left out, both, or the whole plan.
-  const std::uint64_t lists = !keeps_plan                      ? 0
-                              : attributes.results & kKeyLists ? kLevelsAndLists
-                                                               : kLevelsAndLists & ~kKeyLists;
+  const auto keeps = [&](std::uint64_t slots) { return (attributes.results & slots) != 0; };
+  std::uint64_t kept = 0;
+  if (keeps(kKeyLists)) {
+    kept = kLevelsAndLists;
+  } else if (!attends || keeps(Bit(OPERAND_LIST_ENTRIES))) {
+    kept = kLevelsAndLists & ~kKeyLists;
+  } else if (keeps(Bit(OPERAND_LEVELS))) {
+    kept = Bit(OPERAND_LEVELS) | Bit(OPERAND_LIST_HEADERS);
+  }
   if (attributes.operands & Bit(OPERAND_SPARE_ROWS)) {
     return {kQkv | Bit(OPERAND_SPARE_ROWS), kLengthsAndSegments | Bit(OPERAND_PRICES),
-            keeps_plan ? lists | Bit(OPERAND_LAMBDA) : 0, 0};
+            kept == 0 ? 0 : kept | Bit(OPERAND_LAMBDA), 0};
   }
   return {kQkv | Bit(OPERAND_LAMBDA),
-          kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), lists, 0};
+          kLengthsAndSegments | Bit(OPERAND_PRICES) | Bit(OPERAND_PREVIOUS_LEVELS), kept, 0};
 }
 
 PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
@@ -67,7 +72,7 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
       Bit(OPERAND_DCOARSE_K) | Bit(OPERAND_DCOARSE_V) | Bit(OPERAND_DLEVEL_BIAS);
   if (pass == Pass::kForward && (attributes.operands & kGoals)) {
     // Makes its plan itself.
-    PassSlots slots = SlotsOfPlanning(attributes);
+    PassSlots slots = SlotsOfPlanning(attributes, /*attends=*/true);
     slots.required_results |= kOut | Bit(OPERAND_SHARES);
     return slots;
   }
@@ -92,7 +97,7 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
     case Pass::kPlan:
       break;
   }
-  return SlotsOfPlanning(attributes);
+  return SlotsOfPlanning(attributes, /*attends=*/false);
 }
 
 void CheckPresence(const char* what, std::uint64_t present, std::uint64_t required,
@@ -242,7 +247,7 @@ class CallBuilder {
       Refuse("the ", params().query_heads, " heads of q are no multiple of the ", params().kv_heads,
              " heads of k and v.");
     }
-    if (Has(OPERAND_LEVELS)) {
+    if (Has(OPERAND_LIST_ENTRIES)) {
       SetPlanShape(params(), attributes_.query_tile, attributes_.super_tile,
                    trailing(OPERAND_LIST_ENTRIES, 1),
                    Has(OPERAND_KEY_LIST_ENTRIES) ? trailing(OPERAND_KEY_LIST_ENTRIES, 1) : 0);
@@ -407,7 +412,8 @@ class CallBuilder {
     SetFeature(FEATURE_SPARE_ROWS, Has(OPERAND_SPARE_ROWS));
     SetFeature(FEATURE_PREVIOUS_LEVELS, Has(OPERAND_PREVIOUS_LEVELS));
     SetFeature(FEATURE_MAKES_LISTS, Has(OPERAND_LEVELS) || Plans());
-    problem().keeps_plan = Has(OPERAND_LEVELS) || !Plans();
+    problem().keeps_levels = Has(OPERAND_LEVELS) || !Plans();
+    problem().keeps_lists = Has(OPERAND_LIST_ENTRIES) || !Plans();
     SetFeature(FEATURE_MAKES_KEY_LISTS, Has(OPERAND_KEY_LIST_HEADERS));
   }
 

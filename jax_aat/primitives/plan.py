@@ -238,15 +238,19 @@ def _forward_jvp(
 def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
     """Dead code: transposed lists serve backward passes alone, and take long to make.
 
-    A plan that nobody reads besides the call itself may share its memory with what it is made from.
+    What nobody reads of a plan besides the call itself, its lists or all of it, may share its
+    memory with what it is made from.
     """
     if not any(used):
         return [False] * len(equation.invars), None
     results = equation.params["results"]
     wanted = {slot for slot, is_used in zip(results, used, strict=True) if is_used}
     dead = set() if wanted.intersection(KEY_LISTS) else set(KEY_LISTS)
-    if equation.primitive is rules.planned_forward_p and not wanted.intersection(_PLAN):
-        dead = set(_PLAN)
+    if equation.primitive is rules.planned_forward_p:
+        if dead and Slot.LIST_ENTRIES not in wanted:
+            dead.add(Slot.LIST_ENTRIES)
+        if not wanted.intersection(_PLAN):
+            dead = set(_PLAN)
     kept = [i for i, slot in enumerate(results) if slot not in dead]
     equation = equation.replace(
         outvars=[equation.outvars[i] for i in kept],

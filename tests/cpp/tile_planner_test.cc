@@ -116,6 +116,11 @@ void CheckScratchOfPlan(const AttentionProblem& problem, const DispatchPlan& pla
     EXPECT(part->offset + part->bytes <= plan.scratch_bytes);
   };
   const auto check = [&](std::uint32_t slot, std::uint32_t rows, std::uint32_t row_words) {
+    if (problem.keeps_levels) {
+      EXPECT(std::ranges::find(plan.scratch, slot, &DispatchPlan::Scratch::operand) ==
+             plan.scratch.end());
+      return;
+    }
     const OperandLayout& layout = params.operand[slot];
     const std::uint64_t stride = std::uint64_t{rows} * row_words;
     EXPECT(layout.head_stride == stride && layout.row_stride == row_words);
@@ -123,10 +128,10 @@ void CheckScratchOfPlan(const AttentionProblem& problem, const DispatchPlan& pla
   };
   check(OPERAND_LEVELS, tiles, words);
   check(OPERAND_LIST_HEADERS, tiles, 4);
+  if (problem.features & FEATURE_SPARE_ROWS) check(OPERAND_LAMBDA, 1, 1);
   EXPECT(params.list_capacity == problem.params.list_capacity * lists);
   EXPECT(params.operand[OPERAND_LIST_ENTRIES].head_stride == 0);
   check_batch(OPERAND_LIST_ENTRIES, params.list_capacity);
-  if (problem.features & FEATURE_SPARE_ROWS) check(OPERAND_LAMBDA, 1, 1);
 }
 
 // A forward call that makes its plan first makes it alike, then waits for it.
@@ -135,14 +140,14 @@ void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
   problem.pass = Pass::kForward;
   const DispatchPlan plan = PlanAttention(problem, traits);
   EXPECT(plan.dispatches.size() > planning.size());
-  if (!problem.keeps_plan) CheckScratchOfPlan(problem, plan);
+  if (!problem.keeps_lists) CheckScratchOfPlan(problem, plan);
   for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
     const Dispatch& dispatch = plan.dispatches[i];
     if (i < planning.size()) {
       EXPECT(dispatch.shader == planning[i].shader);
       std::vector<std::uint32_t> expected = planning[i].specialization;
       const bool has_joined = StartsWith(dispatch.shader, "plan_list");
-      if (has_joined && !problem.keeps_plan) expected.at(13) = 1;
+      if (has_joined && !problem.keeps_lists) expected.at(13) = 1;
       EXPECT(dispatch.specialization == expected);
       EXPECT(dispatch.barrier_before == planning[i].barrier_before);
     } else {
@@ -257,7 +262,8 @@ void FuzzPlanning() {
     try {
       const DispatchPlan plan = PlanAttention(problem, traits);
       CheckPlanning(problem, traits, plan);
-      problem.keeps_plan = Chance(random);
+      problem.keeps_lists = Chance(random);
+      problem.keeps_levels = problem.keeps_lists || Chance(random);
       CheckPlanningForward(problem, traits, plan.dispatches);
     } catch (const std::invalid_argument& error) {
       EXPECT(std::string(error.what()).find("split") != std::string::npos);
