@@ -56,8 +56,9 @@ def softmax_weights(
     q, k = (operands[slot].astype(dtype) for slot in (Slot.Q, Slot.K))
     # By a power of 2, which rounds nothing, and the rest after the product: 16-bit operands are
     # then products of what matrix units take as it is.
-    rest, exponent = math.frexp(abs(options.scale))
-    q = q[positions] * math.copysign(2.0**exponent, options.scale)
+    mantissa, exponent = math.frexp(abs(options.scale))
+    rest = 2 * mantissa
+    q = q[positions] * math.copysign(2.0 ** (exponent - 1), options.scale)
     q = jnp.moveaxis(q, 0, 1).reshape(grid.kv_heads, -1, q.shape[-1])
     logits = jnp.einsum("kmh,skh->kms", q, k, precision=precision)
     logits = logits.reshape(grid.heads, len(positions), grid.keys)
@@ -69,12 +70,12 @@ def softmax_weights(
         logits += take(operands[Slot.BIAS], positions).astype(dtype)
 
     visible = visibility(operands, options, grid, positions)
-    logits = jnp.where(visible, logits, -jnp.inf)
-    largest = logits.max(-1, keepdims=True, initial=-jnp.inf)
+    largest = jnp.where(visible, logits, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
     # Scaled after the subtraction: contracted with it, a product that is not rounded would meet
     # one that is, and of large logits the difference may be anything.
     below = (logits - jnp.where(largest == -jnp.inf, 0, largest)) * rest
-    return jnp.exp(jnp.minimum(below, 0)), visible
+    below = jnp.where(visible, jnp.minimum(below, 0), -jnp.inf)  # 0 times infinity is NaN
+    return jnp.exp(below), visible
 
 
 def take(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -75,18 +75,18 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """What is measured, the most important first; fractions are in the order of importance."""
     counts = dict(zip(args.lengths, args.texts, strict=True))
 
-    def block(names: list[str], fractions: list[float], share: float = 1.0) -> Iterator[Job]:
+    def block(names: list[str], fractions: list[float]) -> Iterator[Job]:
         for fraction in fractions:
             for length, texts in counts.items():
                 for name in names:
                     if name in args.contenders:
-                        yield Job(length, name, fraction, max(1, int(share * texts)), False)
+                        yield Job(length, name, fraction, texts, False)
 
     settings = [contender.name for contender in SETTINGS]
     others = [name for name in CONTENDERS if name not in (*MAIN, *settings, "exact")]
     yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
     yield from block(MAIN, args.fractions[:2])
-    yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1], 0.5)
+    yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1])
     yield from block(MAIN, args.fractions[2:])
     yield from block(settings, args.fractions)
     for fraction, length in itertools.product(args.fractions, args.lengths):
