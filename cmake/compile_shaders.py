@@ -53,7 +53,11 @@ def flatten(source: Path, root: Path, defines: dict[str, int]) -> str:
 
 
 def glslc_compiler(executable: str) -> Compiler:
-    """Compiles with Google's ``glslc``."""
+    """Compiles with Google's ``glslc``; the ``spirv-val`` beside it, if any, validates the result.
+
+    Any other validator may not know the extensions.
+    """
+    validator = Path(executable).with_name("spirv-val")
 
     def compile_to(source: str, target: Path) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".comp") as file:
@@ -63,6 +67,9 @@ def glslc_compiler(executable: str) -> Compiler:
                 [executable, "--target-env=vulkan1.3", "-O", "-o", str(target), file.name],
                 check=True,
             )
+        if validator.exists():
+            command = [str(validator), "--target-env", "vulkan1.3", str(target)]
+            subprocess.run(command, check=True)
 
     return compile_to
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
 from jax_aat.adaptation import Adaptation, grid_of
+from jax_aat.broadcasting import may_broadcast
 from jax_aat.plan import TilePlan
 from jax_aat.primitives import BY_SIZE, forward
 from jax_aat.problem import Operands, Options, Slot
@@ -82,6 +83,7 @@ def tiled_attention(
 ) -> Any: ...
 
 
+@may_broadcast
 def tiled_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -163,7 +165,7 @@ def tiled_attention(
     Raises:
       TypeError: An argument has a type or dtype that is not allowed.
       ValueError: A shape does not fit, a value is out of range or the implementation is unknown.
-      RuntimeError: implementation='vulkan' where Vulkan cannot serve the call; says why.
+      RuntimeError: implementation='vulkan' where Vulkan cannot be used; says why.
     """
     arguments.check_implementation(implementation)
     with_residual = arguments.flag("return_residual", return_residual)
@@ -206,6 +208,7 @@ def tiled_attention(
     return tuple(results) if len(results) > 1 else out
 
 
+@may_broadcast
 def plan_tiles(
     query: ArrayLike,
     key: ArrayLike,
@@ -236,7 +239,7 @@ def plan_tiles(
     Raises:
       TypeError: An argument has a type or dtype that is not allowed.
       ValueError: A shape does not fit, a value is out of range or an axis has size 0.
-      RuntimeError: implementation='vulkan' where Vulkan cannot serve the call; says why.
+      RuntimeError: implementation='vulkan' where Vulkan cannot be used; says why.
     """
     arguments.check_implementation(implementation)
     checked = arguments.check(

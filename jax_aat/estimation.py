@@ -283,7 +283,7 @@ def estimate(
       The estimate for the device that such calls use.
 
     Raises:
-      RuntimeError: Vulkan cannot be used or does not serve such calls.
+      RuntimeError: Vulkan cannot be used.
       ValueError: Shapes do not have four sizes or do not fit each other, the adaptation has a
         tolerance, which only a state can keep, or the device cannot compute a call of this size.
     """

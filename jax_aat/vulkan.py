@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,6 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SWITCH = "JAX_AAT_DISABLE"
 """Environment variable; 1 or true switches the custom calls off."""
 
+_ON = ("1", "true")
 _HARDWARE = ("discrete", "integrated", "virtual")
 _NVIDIA = 0x10DE  # vendor id of the PCI registry
 
@@ -257,7 +259,7 @@ def find_device(device: Device | int | None) -> Device:
 def problem() -> str:
     """Why Vulkan cannot be used and what to do about it; empty where it can."""
     switch = os.environ.get(SWITCH, "")
-    if switch.lower() in ("1", "true"):
+    if switch.lower() in _ON:
         return f"{SWITCH}={switch} switches Vulkan off: unset it"
     if switch.lower() not in ("", "0", "false"):
         return f"{SWITCH}={switch} is none of 1, true, 0 and false: correct or unset it"
@@ -270,14 +272,9 @@ def require_native() -> None:
         raise RuntimeError(_NO_NATIVE)
 
 
-def unserved(dtype: Any, head_dim: int) -> str:
-    """Why Vulkan does not serve such calls, in words; empty where it does."""
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f"it serves {', '.join(DTYPES)}, not {name}: convert the operands"
-    if head_dim > MAX_HEAD_DIM:
-        return f"it serves a head_dim up to {MAX_HEAD_DIM}, not {head_dim}"
-    return problem()
+def _device_is_named() -> bool:
+    """Whether the environment asks for a device and does not switch Vulkan off."""
+    return bool(os.environ.get("JAX_AAT_DEVICE")) and os.environ.get(SWITCH, "").lower() not in _ON
 
 
 def choose_implementation(implementation: str | None, dtype: Any, head_dim: int) -> str:
@@ -290,20 +287,37 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
       head_dim: Of the query.
 
     Raises:
-      RuntimeError: Vulkan was asked for and cannot serve the call; says why.
+      TypeError: Vulkan was asked for and does not serve the dtype.
+      ValueError: Vulkan was asked for and does not serve the head_dim.
+      RuntimeError: Vulkan was asked for and cannot be used; says why.
     """
     if implementation == "xla":
         return "xla"
-    reason = unserved(dtype, head_dim)
+    name, reason = jnp.dtype(dtype).name, problem()
     if implementation == "vulkan":
+        otherwise = "or use implementation='xla'"
+        if name not in DTYPES:
+            raise TypeError(
+                f"query: got {name}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]} with "
+                f"implementation='vulkan': convert the operands, {otherwise}"
+            )
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(
+                f"query: got a head_dim of {head_dim}, expected at most {MAX_HEAD_DIM} with "
+                f"implementation='vulkan', {otherwise}"
+            )
         if reason:
             raise RuntimeError(
-                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; "
-                "or use implementation='xla'"
+                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; {otherwise}"
             )
         return "vulkan"
     backend = jax.default_backend()
-    if reason or backend not in ("cpu", "gpu"):
+    if backend not in ("cpu", "gpu"):
+        return "xla"
+    if reason and _device_is_named():
+        # Whoever names a device wants it: that it is not used must not go unnoticed.
+        warnings.warn(f"jax_aat leaves attention to XLA: {reason}", RuntimeWarning, stacklevel=2)
+    if reason or name not in DTYPES or head_dim > MAX_HEAD_DIM:
         return "xla"
     # A call on JAX's CUDA platform runs on the CUDA device, which NVIDIA's Vulkan driver must show.
     if backend == "gpu" and all(device["vendor_id"] != _NVIDIA for device in _native.devices()):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,6 +374,18 @@ def test_words_without_a_driver(tmp_path):
     """
     nothing = str(tmp_path / "none.json")
     assert_succeeds(run_python(code, VK_ICD_FILENAMES=nothing, VK_DRIVER_FILES=nothing))
+
+
+def test_a_device_that_is_named_and_not_there_is_told(monkeypatch):
+    """Where None chooses: a call by Vulkan is refused anyway."""
+    monkeypatch.setattr(vulkan, "_NO_NATIVE", "there is no such device")
+    assert vulkan.choose_implementation(None, "float32", 64) == "xla"
+    monkeypatch.setenv("JAX_AAT_DEVICE", "nonesuch")
+    with pytest.warns(RuntimeWarning, match="leaves attention to XLA: there is no such device"):
+        assert vulkan.choose_implementation(None, "float32", 64) == "xla"
+    monkeypatch.setenv(vulkan.SWITCH, "True")
+    with warnings.catch_warnings(action="error"):
+        assert vulkan.choose_implementation(None, "float32", 64) == "xla"
 
 
 def test_device_chosen_by_the_environment():

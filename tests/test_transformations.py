@@ -58,6 +58,23 @@ def loss(attention):
     return lambda *arrays: curved(attention)(*arrays).sum()
 
 
+STRICT = {
+    "no jit": jax.disable_jit,
+    "no broadcasting between ranks": functools.partial(jax.numpy_rank_promotion, "raise"),
+}
+
+
+@pytest.mark.parametrize("adaptation", [None, Adaptation(budget=0.5)], ids=["exact", "adaptive"])
+@pytest.mark.parametrize("strict", STRICT)
+def test_where_users_forbid_it_in_their_own_code(strict, adaptation, attention, arrays):
+    attend = functools.partial(attention, adaptation=adaptation)
+    derivative = jax.grad(loss(attend), argnums=(0, 3))
+    right = attend(*arrays), derivative(*arrays)
+    with STRICT[strict]():
+        found = attend(*arrays), derivative(*arrays)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, right)
+
+
 def primitives(function, *args):
     """Equations of our primitives in the jaxpr of a function, those of inner jaxprs included."""
     found = []

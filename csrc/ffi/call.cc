@@ -45,10 +45,10 @@ constexpr std::uint64_t kGoals = Bit(OPERAND_SPARE_ROWS) | Bit(OPERAND_LAMBDA);
 // Of the pass that makes a plan, or prices only, or of what attends by a plan of its own, which may
 // keep nothing of it, or no lists, or no transposed ones.
 PassSlots SlotsOfPlanning(const CallAttributes& attributes, bool attends) {
-  if (!(attributes.operands & kGoals)) {
+  const auto keeps = [&](std::uint64_t slots) { return (attributes.results & slots) != 0; };
+  if (!attends && !keeps(kLevelsAndLists) && !(attributes.operands & kGoals)) {
     return {kQkv, kLengthsAndSegments, Bit(OPERAND_PRICES), 0};
   }
-  const auto keeps = [&](std::uint64_t slots) { return (attributes.results & slots) != 0; };
   std::uint64_t kept = 0;
   if (keeps(kKeyLists)) {
     kept = kLevelsAndLists;

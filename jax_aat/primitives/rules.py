@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_aat._compat import result_aval, vary_like
+from jax_aat.broadcasting import may_broadcast
 from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot, extents
@@ -46,7 +47,14 @@ def _new_primitive(name: str, *static_argnames: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     static = ("slots", "options", "implementation", "needs_devices", *static_argnames)
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
+    jitted = jax.jit(primitive.bind, static_argnames=static)
+
+    def impl(*values: Any, **params: Any) -> Any:
+        # There is nothing to run step by step, wherever users ask for that.
+        with jax.disable_jit(False):
+            return jitted(*values, **params)
+
+    primitive.def_impl(impl)
     return primitive
 
 
@@ -126,7 +134,7 @@ def register_lowering(
                 return call(operands, types)
             return partitioned(call, operands, types)
 
-        return mlir.lower_fun(run, multiple_results=True)
+        return mlir.lower_fun(may_broadcast(run), multiple_results=True)
 
     mlir.register_lowering(primitive, lower(None))
     for platform in ("cpu", "cuda"):
@@ -205,6 +213,7 @@ def register_linear(
         cotangents are wanted, **params) -> these, with all batch axes.
     """
 
+    @may_broadcast
     def jvp(
         primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
     ) -> tuple[list[Any], list[Any]]:

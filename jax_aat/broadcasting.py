@@ -1,0 +1,21 @@
+"""Broadcasting inside this package, whatever users forbid in their own code."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def may_broadcast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Lets arrays of other ranks meet in a function, also under `jax_numpy_rank_promotion`."""
+
+    @functools.wraps(function)
+    def lenient(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return lenient
