@@ -272,9 +272,10 @@ def require_native() -> None:
         raise RuntimeError(_NO_NATIVE)
 
 
-def _device_is_named() -> bool:
-    """Whether the environment asks for a device and does not switch Vulkan off."""
-    return bool(os.environ.get("JAX_AAT_DEVICE")) and os.environ.get(SWITCH, "").lower() not in _ON
+def _wants_vulkan() -> bool:
+    """Whether the environment names a device, or says something of the switch but on."""
+    switch = os.environ.get(SWITCH, "").lower()
+    return switch not in _ON and bool(switch or os.environ.get("JAX_AAT_DEVICE"))
 
 
 def choose_implementation(implementation: str | None, dtype: Any, head_dim: int) -> str:
@@ -314,7 +315,7 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
     backend = jax.default_backend()
     if backend not in ("cpu", "gpu"):
         return "xla"
-    if reason and _device_is_named():
+    if reason and _wants_vulkan():
         # Whoever names a device wants it: that it is not used must not go unnoticed.
         warnings.warn(f"jax_aat leaves attention to XLA: {reason}", RuntimeWarning, stacklevel=2)
     if reason or name not in DTYPES or head_dim > MAX_HEAD_DIM:

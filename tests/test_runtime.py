@@ -383,6 +383,11 @@ def test_a_device_that_is_named_and_not_there_is_told(monkeypatch):
     monkeypatch.setenv("JAX_AAT_DEVICE", "nonesuch")
     with pytest.warns(RuntimeWarning, match="leaves attention to XLA: there is no such device"):
         assert vulkan.choose_implementation(None, "float32", 64) == "xla"
+    monkeypatch.delenv("JAX_AAT_DEVICE")
+    monkeypatch.setenv(vulkan.SWITCH, "yes")
+    with pytest.warns(RuntimeWarning, match="JAX_AAT_DISABLE=yes is none of 1, true, 0 and false"):
+        assert vulkan.choose_implementation(None, "float32", 64) == "xla"
+    monkeypatch.setenv("JAX_AAT_DEVICE", "nonesuch")
     monkeypatch.setenv(vulkan.SWITCH, "True")
     with warnings.catch_warnings(action="error"):
         assert vulkan.choose_implementation(None, "float32", 64) == "xla"
