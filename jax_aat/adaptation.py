@@ -18,6 +18,9 @@ cost."""
 _LONG = 32768
 """Keys from which a causal sequence is long: for the same loss one stage and a larger budget take
 less time than two stages (docs/adaptation.md)."""
+_MUCH = 0.25
+"""Fraction of the FLOPs beyond which it is not time that a budget saves: on a GPU that cuDNN serves
+its dense attention takes less. Two stages then spend the budget better."""
 _AUDIT_RATE, _AUDITED_ROWS = 1 / 64, 64
 """Of a sequence an audit computes the lesser of both: from 32 rows on it tells enough, and each row
 costs as much as the sequence is long."""
@@ -42,8 +45,8 @@ class Adaptation:
       super_tile: Keys of a super-tile, the unit of level 2 and of the state: 256, 512 or 1,024;
         None: 256 where there are up to 4,096 keys, else 1,024.
       stages: 1: importance is judged by means of 16 queries and 16 keys only; 2: that of the
-        foremost granules also by means of 4; None: 1 in causal calls of at least 32,768 keys,
-        else 2.
+        foremost granules also by means of 4; None: 1 in causal calls of at least 32,768 keys
+        without a budget of more than 0.25, else 2.
       audit_rate: Fraction of the query rows that an audit computes exactly as well; above 0 with a
         tolerance; None: 1/64, of long sequences fewer, 64 rows.
       replan_every: Calls that a plan carried in a state serves; without a state every call plans.
@@ -129,7 +132,8 @@ class Adaptation:
 
     def stages_for(self, keys: int, causal: bool) -> int:
         """Stages by which a call of S keys is judged."""
-        return self.stages or (1 if causal and keys >= _LONG else 2)
+        saves_time = self.budget is None or self.budget <= _MUCH
+        return self.stages or (1 if causal and keys >= _LONG and saves_time else 2)
 
 
 def grid_of(operands: Operands, adaptation: Adaptation) -> Grid:

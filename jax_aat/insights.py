@@ -184,7 +184,8 @@ def _planning(profile: Profile) -> Iterator[Insight]:
         planning,
         f"planning takes {share:.0%} of the kernels' time of planned calls: use "
         f"replan_every={min(calls_a_plan, 64)} with a state, or make a plan once and give it as "
-        "plan=, or stages=1, which causal calls of at least 32,768 keys have by default; "
+        "plan=, or stages=1, which causal calls of at least 32,768 keys and budgets of up to a "
+        "quarter have by default; "
         f"{WANTED_PLANNING_SHARE:.0%} is little",
     )
 

@@ -150,11 +150,18 @@ def test_longer_calls_are_measured_until_one_takes_long(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "causal", "stages"), [(2**15 - 1, True, 2), (2**15, True, 1), (2**15, False, 2)]
+    ("length", "causal", "goal", "stages"),
+    [
+        (2**15 - 1, True, {"budget": 0.1}, 2),
+        (2**15, True, {"budget": 0.25}, 1),
+        (2**15, True, {"budget": 0.26}, 2),
+        (2**15, True, {"threshold": 1e-3}, 1),
+        (2**15, False, {"budget": 0.1}, 2),
+    ],
 )
-def test_stages_go_by_the_length(length, causal, stages):
+def test_stages_go_by_the_length(length, causal, goal, stages):
     def sizes(**fields):
-        adaptation = Adaptation(budget=0.1, **fields)
+        adaptation = Adaptation(**goal, **fields)
         return estimation.Sizes(1, length, length, N, K, H, "float32", causal, adaptation)
 
     assert sizes().planning_flops() == sizes(stages=stages).planning_flops()
