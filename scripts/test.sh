@@ -30,12 +30,7 @@ if XLA_FLAGS="$quick" JAX_PLATFORMS=cpu python -c 'import jax; jax.devices()' 2>
   export XLA_FLAGS="${XLA_FLAGS:-} $quick"
 fi
 
+step tests, all under the Vulkan validation layers
 # What the tests of a file share is compiled once by each process that runs some of them: processes
 # start with neighbours.
-processes="-n auto --maxprocesses 8 --dist worksteal"
-
-step tests under the Vulkan validation layers
-JAX_AAT_VALIDATION=1 pytest -q $processes --validated only
-
-step all other tests
-pytest -q $processes --validated without
+JAX_AAT_VALIDATION=1 pytest -q -n auto --maxprocesses 8 --dist worksteal

@@ -23,42 +23,6 @@ SEED = int(
 )
 
 
-# What `scripts/test.sh` runs under the validation layers: every shader, in some of the cases of
-# those that plan, and all of the runtime. Cases that XLA computes are none of it.
-VALIDATED = (
-    *("test_attention.py", "test_kernels.py", "test_plan_vulkan.py", "test_runtime.py"),
-    *("test_profile.py", "test_query_parts.py", "test_router_vulkan.py::test_stages_and_levels"),
-    "test_adaptive_planning.py::test_a_plan_that_nobody_reads",
-    "test_adaptive_planning.py::test_lists_are_no_result",
-    "test_router_vulkan.py::test_foremost_key_tiles",
-    "test_state_vulkan.py::test_gradients[causal]",
-    "test_state_vulkan.py::test_gradients[lengths]",
-    "test_tuning.py::test_every_shape_computes_rightly",
-)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--validated",
-        choices=("only", "without"),
-        help="only the tests that are run under the validation layers, or only the others",
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = config.getoption("--validated")
-    if chosen is None:
-        return
-
-    def is_validated(item: pytest.Item) -> bool:
-        name = item.nodeid.removeprefix("tests/")
-        return name.startswith(VALIDATED) and "xla" not in name
-
-    kept = [item for item in items if is_validated(item) == (chosen == "only")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
-
-
 def pytest_report_header() -> str:
     return f"seed: {SEED} (JAX_AAT_TEST_SEED repeats it)"
 
