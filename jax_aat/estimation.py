@@ -284,8 +284,10 @@ def estimate(
 
     Raises:
       RuntimeError: Vulkan cannot be used.
-      ValueError: Shapes do not have four sizes or do not fit each other, the adaptation has a
-        tolerance, which only a state can keep, or the device cannot compute a call of this size.
+      TypeError: It does not serve the dtype.
+      ValueError: It does not serve the head_dim, shapes do not have four sizes or do not fit each
+        other, the adaptation has a tolerance, which only a state can keep, or the device cannot
+        compute a call of this size.
     """
     sizes = _sizes(query_shape, key_shape, dtype, is_causal, adaptation)
     vulkan.choose_implementation("vulkan", sizes.dtype, sizes.head_dim)

@@ -373,7 +373,7 @@ def _rows_by_shape(
     shapes: Any = {Slot.Q: queries, Slot.K: keys, Slot.V: keys}
     # Whatever mesh the caller has set, this belongs to none. Compiled, it runs while the caller is
     # traced: as one program, where `jax.ensure_compile_time_eval` would compile each operation.
-    with use_abstract_mesh(AbstractMesh((), ())):
+    with jax.disable_jit(False), use_abstract_mesh(AbstractMesh((), ())):
 
         @jax.jit
         def rows() -> tuple[jax.Array, ...]:

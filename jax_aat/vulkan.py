@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SWITCH = "JAX_AAT_DISABLE"
 """Environment variable; 1 or true switches the custom calls off."""
 
-_ON = ("1", "true")
+_ON, _OFF = ("1", "true"), ("", "0", "false")
 _HARDWARE = ("discrete", "integrated", "virtual")
 _NVIDIA = 0x10DE  # vendor id of the PCI registry
 
@@ -261,7 +261,7 @@ def problem() -> str:
     switch = os.environ.get(SWITCH, "")
     if switch.lower() in _ON:
         return f"{SWITCH}={switch} switches Vulkan off: unset it"
-    if switch.lower() not in ("", "0", "false"):
+    if switch.lower() not in _OFF:
         return f"{SWITCH}={switch} is none of 1, true, 0 and false: correct or unset it"
     return _NO_NATIVE or _native.problem()
 
@@ -273,9 +273,11 @@ def require_native() -> None:
 
 
 def _wants_vulkan() -> bool:
-    """Whether the environment names a device, or says something of the switch but on."""
+    """Whether the environment names a device without the switch, or has one that says nothing."""
     switch = os.environ.get(SWITCH, "").lower()
-    return switch not in _ON and bool(switch or os.environ.get("JAX_AAT_DEVICE"))
+    if switch in _OFF:
+        return bool(os.environ.get("JAX_AAT_DEVICE"))
+    return switch not in _ON
 
 
 def choose_implementation(implementation: str | None, dtype: Any, head_dim: int) -> str:
@@ -294,7 +296,7 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
     """
     if implementation == "xla":
         return "xla"
-    name, reason = jnp.dtype(dtype).name, problem()
+    name = jnp.dtype(dtype).name
     if implementation == "vulkan":
         otherwise = "or use implementation='xla'"
         if name not in DTYPES:
@@ -307,18 +309,20 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
                 f"query: got a head_dim of {head_dim}, expected at most {MAX_HEAD_DIM} with "
                 f"implementation='vulkan', {otherwise}"
             )
-        if reason:
+        if reason := problem():
             raise RuntimeError(
                 f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; {otherwise}"
             )
         return "vulkan"
     backend = jax.default_backend()
-    if backend not in ("cpu", "gpu"):
+    if backend not in ("cpu", "gpu") or name not in DTYPES or head_dim > MAX_HEAD_DIM:
         return "xla"
-    if reason and _wants_vulkan():
-        # Whoever names a device wants it: that it is not used must not go unnoticed.
-        warnings.warn(f"jax_aat leaves attention to XLA: {reason}", RuntimeWarning, stacklevel=2)
-    if reason or name not in DTYPES or head_dim > MAX_HEAD_DIM:
+    if reason := problem():
+        if _wants_vulkan():
+            # Whoever names a device wants it: that it is not used must not go unnoticed. What calls
+            # `tiled_attention` is three frames up.
+            words = f"jax_aat leaves attention to XLA: {reason}"
+            warnings.warn(words, RuntimeWarning, stacklevel=4)
         return "xla"
     # A call on JAX's CUDA platform runs on the CUDA device, which NVIDIA's Vulkan driver must show.
     if backend == "gpu" and all(device["vendor_id"] != _NVIDIA for device in _native.devices()):

@@ -378,12 +378,17 @@ def test_words_without_a_driver(tmp_path):
 
 def test_a_device_that_is_named_and_not_there_is_told(monkeypatch):
     """Where None chooses: a call by Vulkan is refused anyway."""
+    for variable in ("JAX_AAT_DEVICE", vulkan.SWITCH):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(vulkan, "_NO_NATIVE", "there is no such device")
     assert vulkan.choose_implementation(None, "float32", 64) == "xla"
     monkeypatch.setenv("JAX_AAT_DEVICE", "nonesuch")
+    assert vulkan.choose_implementation(None, "float64", 64) == "xla"
     with pytest.warns(RuntimeWarning, match="leaves attention to XLA: there is no such device"):
         assert vulkan.choose_implementation(None, "float32", 64) == "xla"
     monkeypatch.delenv("JAX_AAT_DEVICE")
+    monkeypatch.setenv(vulkan.SWITCH, "0")
+    assert vulkan.choose_implementation(None, "float32", 64) == "xla"
     monkeypatch.setenv(vulkan.SWITCH, "yes")
     with pytest.warns(RuntimeWarning, match="JAX_AAT_DISABLE=yes is none of 1, true, 0 and false"):
         assert vulkan.choose_implementation(None, "float32", 64) == "xla"

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,7 +67,8 @@ def report() -> Iterator[str]:
         yield ""
         yield from _tuning(default)
         yield f"pipeline cache: {_pipeline_cache()}"
-    chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
+    with warnings.catch_warnings(action="ignore"):  # of what stands above
+        chosen = vulkan.choose_implementation(None, "float32", HEAD_DIMS[0])
     yield f"implementation=None means {chosen!r} here: {_reason(default, chosen)}"
     yield ""
     yield "environment variables:"
