@@ -169,12 +169,18 @@ def count_levels(words: jax.Array) -> list[jax.Array]:
     return [lax.population_count(x).astype(jnp.int32).sum(-1) for x in fields]
 
 
-def exact_keys(words: jax.Array, grid: Grid) -> jax.Array:
-    """Keys of the granules that a tile sees at level 0: [...] int32 of words [..., W]."""
+def exact_keys(count: jax.Array, words: jax.Array, grid: Grid) -> jax.Array:
+    """Keys of the granules that a tile sees at level 0, [...] int32.
+
+    Args:
+      count: How many granules these are, [...].
+      words: [..., W] uint32, as `pack_levels` makes them.
+      grid: How the call is cut; the last granule may have fewer keys than others.
+    """
     last = grid.granules - 1
     level = words[..., last // _FIELDS] >> 2 * (last % _FIELDS) & 3
     missing = GRANULE * grid.granules - grid.keys
-    return GRANULE * count_levels(words)[EXACT] - jnp.where(level == EXACT, missing, 0)
+    return GRANULE * count - jnp.where(level == EXACT, missing, 0)
 
 
 def without_means(words: jax.Array) -> jax.Array:

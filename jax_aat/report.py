@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_aat.audit import Audit
 from jax_aat.boundary import boundary
-from jax_aat.levels import Grid, count_levels, exact_keys
+from jax_aat.levels import EXACT, Grid, count_levels, exact_keys
 from jax_aat.plan import TilePlan
 from jax_aat.problem import Operands, Options, Slot
 from jax_aat.pytrees import exportable, is_known
@@ -222,14 +222,15 @@ def make_report(
     forced = bounds.seen & ~bounds.whole
     seen = _total(tiles_see(bounds.seen))
     # What a tile does not see is hidden, so that the rest of what it sees is left out.
-    at = [_total(x.astype(jnp.float32)) for x in count_levels(plan.levels)]
+    counts = count_levels(plan.levels)
+    at = [_total(x.astype(jnp.float32)) for x in counts]
     at.append(seen - sum(at))
     count = jnp.maximum(seen, 1)
     batch, tokens = operands[Slot.Q].shape[0], grid.queries * shape[0] * grid.tile_heads
     a_row = 4.0 * head_dim * grid.query_tile / tokens
     # The last tile may have fewer positions than the others.
     part = existing_positions(grid)[0, 0]
-    exact = exact_keys(plan.levels, grid).astype(jnp.float32)
+    exact = exact_keys(counts[EXACT], plan.levels, grid).astype(jnp.float32)
     coarse = plan.list_headers[..., 3].astype(jnp.float32)
     flops = a_row * _total((exact + coarse) * part)
     cut = _total(tiles_see(jnp.where(forced, grid.granule_sizes, 0)) * part).sum()

@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SWITCH = "JAX_AAT_DISABLE"
 """Environment variable; 1 or true switches the custom calls off."""
 
+_OTHERWISE = "or use implementation='xla'"
 _ON, _OFF = ("1", "true"), ("", "0", "false")
 _HARDWARE = ("discrete", "integrated", "virtual")
 _NVIDIA = 0x10DE  # vendor id of the PCI registry
@@ -272,6 +273,22 @@ def require_native() -> None:
         raise RuntimeError(_NO_NATIVE)
 
 
+def _unfit(dtype: Any, head_dim: int) -> TypeError | ValueError | None:
+    """The error of a query that shaders do not serve on any device; None: they do."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return TypeError(
+            f"query: got {name}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]} with "
+            f"implementation='vulkan': convert the operands, {_OTHERWISE}"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        return ValueError(
+            f"query: got a head_dim of {head_dim}, expected at most {MAX_HEAD_DIM} with "
+            f"implementation='vulkan', {_OTHERWISE}"
+        )
+    return None
+
+
 def _wants_vulkan() -> bool:
     """Whether the environment names a device without the switch, or has one that says nothing."""
     switch = os.environ.get(SWITCH, "").lower()
@@ -296,26 +313,17 @@ def choose_implementation(implementation: str | None, dtype: Any, head_dim: int)
     """
     if implementation == "xla":
         return "xla"
-    name = jnp.dtype(dtype).name
+    unfit = _unfit(dtype, head_dim)
     if implementation == "vulkan":
-        otherwise = "or use implementation='xla'"
-        if name not in DTYPES:
-            raise TypeError(
-                f"query: got {name}, expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]} with "
-                f"implementation='vulkan': convert the operands, {otherwise}"
-            )
-        if head_dim > MAX_HEAD_DIM:
-            raise ValueError(
-                f"query: got a head_dim of {head_dim}, expected at most {MAX_HEAD_DIM} with "
-                f"implementation='vulkan', {otherwise}"
-            )
+        if unfit is not None:
+            raise unfit
         if reason := problem():
             raise RuntimeError(
-                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; {otherwise}"
+                f"implementation='vulkan' cannot be used: {reason.rstrip('.')}; {_OTHERWISE}"
             )
         return "vulkan"
     backend = jax.default_backend()
-    if backend not in ("cpu", "gpu") or name not in DTYPES or head_dim > MAX_HEAD_DIM:
+    if backend not in ("cpu", "gpu") or unfit is not None:
         return "xla"
     if reason := problem():
         if _wants_vulkan():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import passes
 import pytest
+import report_overhead
 import sampling
 import tables
 from blocks import blocks_of
@@ -251,6 +252,19 @@ def test_a_row_says_what_ran_and_a_failure_is_a_row(monkeypatch, tmp_path: Path)
     assert [x["keys"] for x in found["speedups"]] == [256]
     assert "failed: RuntimeError: out of memory" in (tmp_path / "found.md").read_text()
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_report_costs_is_told_with_its_interval(tmp_path: Path) -> None:
+    flags = "--lengths 64 --budgets 0.5 --heads 2 --kv-heads 1 --head-dim 8 --dtype float32"
+    flags += f" --implementation xla --pairs 2 --output {tmp_path / 'found'}"
+    report_overhead.main(flags.split())
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["report"] for row in rows] == ["with audit", "no audit"]
+    for row in rows:
+        low, high = row["interval"]
+        assert low <= row["overhead"] <= high
+        assert min(row["without ms"], row["with ms"]) > 0
+    assert "| no audit" in (tmp_path / "found.md").read_text()
 
 
 def test_memory_counts_what_xla_lends(monkeypatch) -> None:

@@ -245,12 +245,14 @@ def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
         return [False] * len(equation.invars), None
     results = equation.params["results"]
     wanted = {slot for slot, is_used in zip(results, used, strict=True) if is_used}
-    dead = set() if wanted.intersection(KEY_LISTS) else set(KEY_LISTS)
-    if equation.primitive is rules.planned_forward_p:
-        if dead and Slot.LIST_ENTRIES not in wanted:
-            dead.add(Slot.LIST_ENTRIES)
-        if not wanted.intersection(_PLAN):
-            dead = set(_PLAN)
+    attends = equation.primitive is rules.planned_forward_p
+    dead: tuple[Slot, ...] = KEY_LISTS
+    if wanted.intersection(KEY_LISTS):
+        dead = ()
+    elif attends and not wanted.intersection(_PLAN):
+        dead = _PLAN
+    elif attends and Slot.LIST_ENTRIES not in wanted:
+        dead = (Slot.LIST_ENTRIES, *KEY_LISTS)
     kept = [i for i, slot in enumerate(results) if slot not in dead]
     equation = equation.replace(
         outvars=[equation.outvars[i] for i in kept],
