@@ -49,7 +49,20 @@ def random_levels(rng: np.random.Generator, grid: Grid, visible: Array, full: Ar
                 continue
             own = levels[batch, chunk, tile, part]
             own[rng.random(own.shape) < 0.4] = SUPER_MEAN
+    mix_first_tile(levels, whole_super_tile)
     return levels
+
+
+def mix_first_tile(levels: Array, whole: Array) -> None:
+    """Gives one tile an exact and a coarse granule: else the derivative of all shares could be 0.
+
+    Nothing can be compared with 0 by relative error.
+    """
+    for index in np.ndindex(levels.shape[:-1]):
+        possible = np.flatnonzero(whole[index])
+        if len(possible) > 1:
+            levels[index][possible[:2]] = EXACT, MEAN
+            return
 
 
 def rows_of(grid: Grid, x: Array, index: tuple[int, ...]) -> Array:
