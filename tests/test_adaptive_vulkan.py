@@ -293,6 +293,25 @@ def test_rows_in_lists_are_the_rows_multiplied(rng, name):
     np.testing.assert_array_equal(counts, expected)
 
 
+def test_flops_of_a_report_are_the_rows_multiplied(rng):
+    """Of a plan that the router made, whose last query tile is not full."""
+    case = Case(rng, queries=1104, keys=1104, heads=4, kv_heads=2, causal=True)
+    q, k, v = (case.operands[slot] for slot in (Slot.Q, Slot.K, Slot.V))
+    adaptation = Adaptation(budget=0.3)
+    call = dict(is_causal=True, implementation="vulkan")
+    plan = plan_tiles(q, k, v, adaptation, **call)
+    _, report = tiled_attention(
+        q, k, v, adaptation=adaptation, plan=plan, return_report=True, **call
+    )
+    case.options = case.options.planned(plan.grid)
+    operands = {Slot.Q: q, Slot.K: k, Slot.V: v} | plan.operands()
+    counts = call_forward(case, operands, Slot.ROW_COUNTS)[Slot.ROW_COUNTS]
+    counts = np.asarray(counts, np.float64)
+    assert counts.any(axis=(0, 1)).all()
+    flops = 4 * q.shape[-1] * counts.sum(-1).mean((0, 1))
+    np.testing.assert_allclose(report.flops, flops, 1e-6)
+
+
 PLAN = (
     *(Slot.LEVELS, Slot.LIST_HEADERS, Slot.LIST_ENTRIES),
     *(Slot.KEY_LIST_HEADERS, Slot.KEY_LIST_ENTRIES),
