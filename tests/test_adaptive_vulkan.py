@@ -305,8 +305,8 @@ def test_flops_of_a_report_are_the_rows_multiplied(rng):
     )
     case.options = case.options.planned(plan.grid)
     operands = {Slot.Q: q, Slot.K: k, Slot.V: v} | plan.operands()
-    counts = call_forward(case, operands, Slot.ROW_COUNTS)[Slot.ROW_COUNTS]
-    counts = np.asarray(counts, np.float64)
+    found = call_forward(case, operands, Slot.ROW_COUNTS)
+    counts = np.asarray(found[Slot.ROW_COUNTS], np.float64)
     assert counts.any(axis=(0, 1)).all()
     flops = 4 * q.shape[-1] * counts.sum(-1).mean((0, 1))
     np.testing.assert_allclose(report.flops, flops, 1e-6)
