@@ -188,15 +188,15 @@ void add_listed_tiles(PlanList list, uint first_key, uint first_head) {
 }
 
 void main() {
-  uint tiles = divide_up(tile_row_end(), TILE_ROWS) * LIST_PARTS;
-  uint entry = workgroup_index() / (tiles * PARAMS.kv_heads);
+  uint shares = shares_of_head();
+  uint entry = workgroup_index() / (shares * PARAMS.kv_heads);
   if (entry >= PARAMS.batch_count) return;
   set_batch(entry);
   start_staging();
-  uint kv_head = workgroup_index() / tiles % PARAMS.kv_heads;
+  uint kv_head = workgroup_index() / shares % PARAMS.kv_heads;
   uint first_head = kv_head * (PARAMS.query_heads / PARAMS.kv_heads);
-  uint tile = workgroup_index() % tiles / LIST_PARTS, part = workgroup_index() % LIST_PARTS;
-  uint first_key = tile * TILE_ROWS;
+  Share share = share_of_head(workgroup_index() % shares);
+  uint first_key = share.tile * TILE_ROWS;
   set_scores(first_head);
   k = view_of(COARSE_TILE ? OPERAND_COARSE_K : OPERAND_K, kv_head, LOG2_BYTES);
   v = view_of(COARSE_TILE ? OPERAND_COARSE_V : OPERAND_V, kv_head, LOG2_BYTES);
@@ -205,16 +205,16 @@ void main() {
     value_sums[i] = vec4(0);
   }
   if (has(FEATURE_PLAN)) {
-    add_listed_tiles(part_of(plan_list(kv_head, first_key), part), first_key, first_head);
+    add_listed_tiles(part_of(plan_list(kv_head, first_key), share), first_key, first_head);
   } else {
-    add_listed_granules(key_list(kv_head, tile), first_key, first_head);
+    add_listed_granules(key_list(kv_head, share.tile), first_key, first_head);
   }
   if (has(FEATURE_DK)) {
     View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, kv_head, LOG2_BYTES);
-    store_key_sums(part_view(view, part), first_key, key_sums);
+    store_key_sums(part_view(view, first_key, share.part), first_key, key_sums);
   }
   if (has(FEATURE_DV)) {
     View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, kv_head, LOG2_BYTES);
-    store_key_sums(part_view(view, part), first_key, value_sums);
+    store_key_sums(part_view(view, first_key, share.part), first_key, value_sums);
   }
 }

@@ -336,7 +336,7 @@ void main() {
       }
       barrier();
       View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, tile.kv_head, 1);
-      exchange_out(part_view(view, tile.part), tile, t);
+      exchange_out(part_view(view, tile.first_key, tile.part), tile, t);
       barrier();
     }
     if (has(FEATURE_DV)) {
@@ -348,7 +348,7 @@ void main() {
       }
       barrier();
       View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, tile.kv_head, 1);
-      exchange_out(part_view(view, tile.part), tile, t);
+      exchange_out(part_view(view, tile.first_key, tile.part), tile, t);
       barrier();
     }
   }

@@ -47,6 +47,7 @@ Left q[ROW_TILES][DIM_TILES];
 Accumulator o[ROW_TILES][DIM_TILES];
 float reference[ROWS], sum[ROWS];
 vec2 level_sum[ROWS];  // of coarse rows
+uvec2 row_counts[ROWS];  // exact and coarse rows multiplied with, in the lane's columns
 float shared_reference;
 Right keys_ahead[KEYS_AHEAD];
 shared uint failed;
@@ -109,6 +110,24 @@ void score(out Accumulator s[ROW_TILES][PART_GRANULES], uint keys_start, uint pa
   }
 }
 
+void count_rows(Walk walk, uint block, uint part, CoarseColumns columns[PART_GRANULES]) {
+  uvec2 found = uvec2(0);
+  [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+    uint granule = 0;
+    if (!walk.coarse) {
+      granule = walk.entries.entry[walk.first_entry + block * BLOCK_GRANULES + part + g];
+    }
+    [[unroll]] for (uint c = 0; c < LANE_COLUMNS; ++c) {
+      if (walk.coarse) {
+        found.y += columns[g].row[c] != ABSENT ? 1 : 0;
+      } else if (granule != NO_GRANULE) {
+        found.x += granule + lane_column(c) < PARAMS.keys ? 1 : 0;
+      }
+    }
+  }
+  [[unroll]] for (uint r = 0; r < ROWS; ++r) row_counts[r] += found;
+}
+
 // `mixed` is known at compile time: full blocks need no branch.
 void attend_block(Walk walk, uint block, bool mixed) {
   begin_step(walk);
@@ -154,6 +173,7 @@ void attend_block(Walk walk, uint block, bool mixed) {
         }
       }
     }
+    if (has(FEATURE_ROW_COUNTS)) count_rows(walk, block, part, columns);
     if (CAREFUL) follow_maxima(s, walk.coarse);
 
     bool has_next_part = part + PART_GRANULES < BLOCK_GRANULES;
@@ -322,6 +342,18 @@ void store_results() {
   }
 }
 
+// Of row r of those that a lane holds elements of.
+void store_row_counts(uint r) {
+  uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
+  uvec2 all = row_counts[r];
+  [[unroll]] for (uint mask = 1; mask < 4; mask <<= 1) all += subgroupShuffleXor(all, mask);
+  if (position >= PARAMS.queries || gl_SubgroupInvocationID % 4 != 0) return;
+  View view = view_of(OPERAND_ROW_COUNTS, tile.first_head, 2);
+  uint at = row_start(view, position, row % TILE_HEADS);
+  Words(view.base).word[at] = all.x;
+  Words(view.base).word[at + 1] = all.y;
+}
+
 void attend_tile() {
   set_scores(tile.first_head);
   to_log2 = score_factor();
@@ -340,6 +372,7 @@ void attend_tile() {
   [[unroll]] for (uint r = 0; r < ROWS; ++r) {
     reference[r] = LOWEST;
     sum[r] = 0.0;
+    row_counts[r] = uvec2(0);
   }
 
   Walk walk = start_walk(tile);
@@ -384,6 +417,7 @@ void attend_tile() {
       Words(lse_view.base).word[at] = floatBitsToUint(lse);
     }
     if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, tile, r, shares[r]);
+    if (has(FEATURE_ROW_COUNTS)) store_row_counts(r);
   }
   if (CORRECTS) correct(shares);
   if (LIST_PARTS > 1) {

@@ -9,8 +9,8 @@ void add_parts(uint slot, uint head, uint row, uint quad) {
   View sums = view_of(slot, head, LOG2_BYTES);
   uint start = row_start(sums, row, 0);
   vec4 total = vec4(0);
-  for (uint part = 0; part < LIST_PARTS; ++part) {
-    total += load_columns(part_view(sums, part).base, start, quad * 4);
+  for (uint part = 0; part < list_parts(row); ++part) {
+    total += load_columns(part_view(sums, row, part).base, start, quad * 4);
   }
   store_columns(sums.base, start, quad * 4, total);
 }

@@ -8,6 +8,7 @@ import comparison
 import jax
 import numpy as np
 import pytest
+import test_adaptive_vulkan
 from oracle import Attention, relative_error
 from test_kernels import TOLERANCE, backward, forward, make, normal
 
@@ -157,6 +158,16 @@ def test_plans(query_tile, head_dim, rng):
     tolerances = (TOLERANCE["bfloat16"][0], *(TOLERANCE["bfloat16"][1],) * 3)
     for x, reference, tolerance in zip(found, expected, tolerances, strict=True):
         assert relative_error(x, reference) <= tolerance
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", test_adaptive_vulkan.COUNTED)
+def test_rows_in_lists_are_the_rows_multiplied(rng, name, head_dim):
+    require_matrices("bfloat16")
+    options = test_adaptive_vulkan.CASES[name] | dict(head_dim=head_dim, query_tile=128)
+    case = test_adaptive_vulkan.Case(rng, **options, dtype="bfloat16")
+    test_adaptive_vulkan.assert_lists_are_what_is_multiplied(case)
+    assert "attend_forward_coopmat.bf16" in vulkan.last_dispatch().kernels
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -90,6 +90,10 @@ CASES = {
     "lengths_causal": dict(batch=2, q_lengths=[1100, 1050], kv_lengths=[1024, 0]),
     "super_tiles": dict(queries=700, keys=700, super_tile=256),
     "six_heads": dict(heads=6, kv_heads=1, query_tile=16),
+    # Lists of tiles of coarse rows are shared, those with means of super-tiles by more workgroups.
+    "shared_lists": dict(
+        queries=560, keys=2300, heads=31, kv_heads=1, head_dim=8, query_tile=16, causal=False
+    ),
     "single_heads": dict(heads=3, kv_heads=3),
     "odd_head": dict(heads=2, kv_heads=1, head_dim=35),
     "wide_head": dict(heads=1, kv_heads=1, head_dim=136),

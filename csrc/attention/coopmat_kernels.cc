@@ -32,7 +32,6 @@ KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
   const bool has_matrices = (problem.dtype == DTYPE_F16 && traits.coopmat_float16) ||
                             (problem.dtype == DTYPE_BF16 && traits.coopmat_bfloat16);
   const std::uint32_t head_dim = problem.params.head_dim;
-  if (problem.features & FEATURE_ROW_COUNTS) return {};
   if (!has_matrices || !traits.coopmat_layout_known || head_dim > kMaxHeadDim ||
       !RowsAllowVectors(problem.params, kVectorElements)) {
     return {};

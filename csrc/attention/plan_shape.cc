@@ -64,9 +64,9 @@ std::uint32_t KeyListTiles(const AttentionParams& params) {
   return KeyTiles(params) + DivideUp(params.coarse_rows, kKeyTileRows);
 }
 
-std::uint32_t CoarseListParts(const AttentionParams& params) {
-  constexpr std::uint64_t kWantedTiles = 512, kLeastTilesOfPart = 8;
-  constexpr std::uint32_t kMostParts = 16;
+CoarseListParts CoarseListPartsOf(const AttentionParams& params) {
+  constexpr std::uint64_t kWantedTiles = 512, kLeastTilesOfPart = 8, kTilesOfSuperPart = 32;
+  constexpr std::uint32_t kMostParts = 16, kMostSuperParts = 32;
   const std::uint64_t tiles = std::uint64_t{DivideUp(params.coarse_rows, kKeyTileRows)} *
                               params.kv_heads * params.batch_count;
   const std::uint64_t listed =
@@ -76,7 +76,21 @@ std::uint32_t CoarseListParts(const AttentionParams& params) {
          listed >= 2 * parts * kLeastTilesOfPart) {
     parts *= 2;
   }
-  return parts;
+  std::uint32_t super_parts = parts;
+  while (super_parts < kMostSuperParts && listed >= 2 * super_parts * kTilesOfSuperPart) {
+    super_parts *= 2;
+  }
+  return {parts, super_parts};
+}
+
+std::uint32_t PlainCoarseTiles(const AttentionParams& params, std::uint32_t tile_rows) {
+  return Granules(params) / kKeyTileRows * kKeyTileRows / tile_rows;
+}
+
+std::uint64_t CoarseSumRows(const AttentionParams& params) {
+  const CoarseListParts parts = CoarseListPartsOf(params);
+  const std::uint64_t plain = std::uint64_t{PlainCoarseTiles(params, kKeyTileRows)} * kKeyTileRows;
+  return plain * parts.of_means + (params.coarse_rows - plain) * parts.of_super_means;
 }
 
 std::uint32_t PlanTileRows(const AttentionParams& params) {

@@ -24,8 +24,18 @@ std::uint32_t LevelWords(const AttentionParams& params);
 std::uint32_t KeyListTiles(const AttentionParams& params);
 
 // Workgroups that share the transposed list of a tile of coarse rows, where a call makes these
-// (shaders/common/key_parts.glsl): so many that a GPU is full. A power of two.
-std::uint32_t CoarseListParts(const AttentionParams& params);
+// (shaders/common/key_parts.glsl): so many that a GPU is full. Powers of two.
+struct CoarseListParts {
+  std::uint32_t of_means;        // of granules alone
+  std::uint32_t of_super_means;  // among them, which nearly all queries see; not fewer
+};
+CoarseListParts CoarseListPartsOf(const AttentionParams& params);
+
+// Tiles of coarse rows with means of granules alone, of so many rows each.
+std::uint32_t PlainCoarseTiles(const AttentionParams& params, std::uint32_t tile_rows);
+
+// Coarse rows, counted as often as parts have sums of them.
+std::uint64_t CoarseSumRows(const AttentionParams& params);
 
 // Rows of a query tile.
 std::uint32_t PlanTileRows(const AttentionParams& params);

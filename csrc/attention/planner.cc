@@ -169,11 +169,14 @@ class Planner {
     }
     if (wants_coarse_rows) {
       // Only scratch has room for the sums of parts.
-      const std::uint32_t parts = Has(FEATURE_MAKES_MEANS) ? CoarseListParts(params_) : 1;
+      const CoarseListParts parts =
+          Has(FEATURE_MAKES_MEANS) ? CoarseListPartsOf(params_) : CoarseListParts{1, 1};
       TileGrid tiles = KeyTiles(dkv_shape, params_.coarse_rows);
-      tiles.tiles *= parts;
+      const std::uint64_t plain = PlainCoarseTiles(params_, dkv_shape.tile_rows);
+      tiles.tiles = plain * parts.of_means + (tiles.tiles - plain) * parts.of_super_means;
       Dispatch& dispatch = AddKernel(dkv_shape, kScoreFeatures | cotangents, tiles, key_products);
-      dispatch.specialization.push_back(parts);
+      dispatch.specialization.push_back(parts.of_means);
+      dispatch.specialization.push_back(parts.of_super_means);
       dispatch.key_rows = KeyRows::kCoarse;
       std::uint32_t& features = dispatch.specialization[kFeatures];
       features |= FEATURE_COARSE_TILE;

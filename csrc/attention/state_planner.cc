@@ -30,8 +30,8 @@ class StatePlanner {
   explicit StatePlanner(PlanBuilder& builder) : builder_(builder), params_(builder.params()) {}
 
   void AddMeans(bool with_level_biases) {
-    AddCoarseRows(OPERAND_COARSE_K);
-    AddCoarseRows(OPERAND_COARSE_V);
+    AddCoarseRows(OPERAND_COARSE_K, params_.coarse_rows);
+    AddCoarseRows(OPERAND_COARSE_V, params_.coarse_rows);
     if (Corrects()) AddStates(OPERAND_STATE, SuperTiles() + 1);
     AddByDtype("coarse_rows", FEATURE_KV_LENGTHS | FEATURE_CORRECTS, SuperTiles() * Heads());
     if (!Corrects()) return;
@@ -52,8 +52,8 @@ class StatePlanner {
 
   void AddCotangents() {
     if (WantsKeys()) {
-      AddCoarseRows(OPERAND_DCOARSE_K, CoarseListParts(params_));
-      AddCoarseRows(OPERAND_DCOARSE_V, CoarseListParts(params_));
+      AddCoarseRows(OPERAND_DCOARSE_K, CoarseSumRows(params_));
+      AddCoarseRows(OPERAND_DCOARSE_V, CoarseSumRows(params_));
     }
     if (!Corrects()) return;
     AddLevelPairs(OPERAND_DLEVEL_BIAS);
@@ -74,11 +74,12 @@ class StatePlanner {
       AddRowKernel(Shape("state_query_gradient", TileRows()), kFeatures);
     }
     if (!WantsKeys()) return;
-    const std::uint32_t parts = CoarseListParts(params_);
-    if (parts > 1) {
-      AddByDtype("sum_parts", FEATURE_DCOARSE_K | FEATURE_DCOARSE_V,
-                 DivideUp(params_.coarse_rows * Quads(), Threads()) * Heads())
-          .specialization.push_back(parts);
+    const CoarseListParts parts = CoarseListPartsOf(params_);
+    if (parts.of_super_means > 1) {
+      Dispatch& sums = AddByDtype("sum_parts", FEATURE_DCOARSE_K | FEATURE_DCOARSE_V,
+                                  DivideUp(params_.coarse_rows * Quads(), Threads()) * Heads());
+      sums.specialization.push_back(parts.of_means);
+      sums.specialization.push_back(parts.of_super_means);
       if (!Corrects()) builder_.AddBarrier();
     }
     if (Corrects()) {
@@ -149,9 +150,9 @@ class StatePlanner {
   // Of the queries, by as many positions as a super-tile has keys.
   std::uint64_t Parts() const { return DivideUp(params_.queries, SuperTileRows()); }
 
-  // Scratch in the dtype of the keys: so many times as many rows as there are coarse ones.
-  void AddCoarseRows(std::uint32_t slot, std::uint64_t times = 1) {
-    const std::uint64_t a_head = times * params_.coarse_rows * params_.head_dim;
+  // Scratch in the dtype of the keys.
+  void AddCoarseRows(std::uint32_t slot, std::uint64_t rows) {
+    const std::uint64_t a_head = rows * params_.head_dim;
     OperandLayout& layout = params_.operand[slot];
     layout.column_stride = 1;
     layout.row_stride = params_.head_dim;

@@ -17,22 +17,22 @@ struct KeyTile {
 
 // Sets the batch entry too. False past the last tile. Everything lies in uniform registers.
 bool locate_key_tile(out KeyTile tile) {
-  uint tiles = divide_up(tile_row_end(), TILE_ROWS) * LIST_PARTS, head, number;
-  if (!launched_tile(workgroup_index(), tiles, head, number)) return false;
+  uint head, number;
+  if (!launched_tile(workgroup_index(), shares_of_head(), head, number)) return false;
   set_batch(head / PARAMS.kv_heads);
   uint kv_head = head % PARAMS.kv_heads;
-  tile.part = subgroupBroadcastFirst(number % LIST_PARTS);
-  number /= LIST_PARTS;
-  tile.first_key = subgroupBroadcastFirst(number * TILE_ROWS);
+  Share share = share_of_head(number);
+  tile.part = subgroupBroadcastFirst(share.part);
+  tile.first_key = subgroupBroadcastFirst(share.tile * TILE_ROWS);
   tile.kv_head = subgroupBroadcastFirst(kv_head);
   if (has(FEATURE_PLAN)) {
-    PlanList plan = part_of(plan_list(kv_head, number * TILE_ROWS), tile.part);
+    PlanList plan = part_of(plan_list(kv_head, share.tile * TILE_ROWS), share);
     tile.plan = PlanList(subgroupBroadcastFirst(plan.entries),
                          subgroupBroadcastFirst(plan.first_entry),
                          subgroupBroadcastFirst(plan.count),
                          subgroupBroadcastFirst(plan.first_chunk));
   } else {
-    tile.list = uniform_list(key_list(kv_head, number));
+    tile.list = uniform_list(key_list(kv_head, share.tile));
   }
   return true;
 }

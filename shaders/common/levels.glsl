@@ -72,11 +72,11 @@ uint super_mean_keys(View levels, uint super_tile) {
   uint first = super_tile * SUPER_TILE_GRANULES;
   uint end = min(first + SUPER_TILE_GRANULES, granules);
   uint keys = 0;
-  for (uint granule = first; granule < end; granule += LEVEL_GRANULES) {
-    uint word = load_word(levels.base, granule / LEVEL_GRANULES);
-    uint fields = (word >> 1) & ~word & 0x55555555u;
-    uint beyond = granule + LEVEL_GRANULES - min(granule + LEVEL_GRANULES, end);
-    fields &= 0xffffffffu >> (2 * beyond);
+  // Unrolled, so that no word waits for the one before it.
+  [[unroll]] for (uint word = 0; word < SUPER_TILE_GRANULES / LEVEL_GRANULES; ++word) {
+    uint granule = first + word * LEVEL_GRANULES;
+    uint levels_of_word = load_word(levels.base, min(granule, granules - 1) / LEVEL_GRANULES);
+    uint fields = fields_at(levels_of_word, LEVEL_SUPER_MEAN) & fields_before(end, granule);
     keys += bitCount(fields) * GRANULE_ROWS;
   }
   if (end == granules && granule_level(levels, granules - 1) == LEVEL_SUPER_MEAN) {

@@ -165,7 +165,7 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
     const auto& constants = dispatch.specialization;
     const bool merges = StartsWith(dispatch.shader, "merge_parts");
     const bool has_parts = problem.pass == Pass::kForward && constants.size() == 14;
-    if (!has_parts) EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 14 : 13));
+    if (!has_parts) EXPECT(constants.size() == (dispatch.key_rows == KeyRows::kCoarse ? 15 : 13));
     EXPECT(!merges || has_parts);
     if (has_parts) {
       // A kernel whose tiles have parts, its careful pass, then that which merges as many.

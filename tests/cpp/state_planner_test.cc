@@ -100,7 +100,7 @@ std::vector<Expected> ExpectedAround(const AttentionProblem& problem, const Disp
     add("state_correction", corrects && !CorrectsItself(plan), true);
   } else {
     const bool queries = corrects && has(FEATURE_DQ);
-    const bool parts = keys && CoarseListParts(problem.params) > 1;
+    const bool parts = keys && CoarseListPartsOf(problem.params).of_super_means > 1;
     add("state_query_gradient", queries, true);
     add("sum_parts", parts, !queries);
     add("state_variance_gradient", corrects && has(FEATURE_DK), !queries && !parts);
@@ -115,7 +115,7 @@ void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch
   for (const Expected& one : expected) {
     EXPECT(dispatch->shader.substr(0, dispatch->shader.find('.')) == one.shader);
     EXPECT(dispatch->barrier_before == one.barrier);
-    EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 14 : 13));
+    EXPECT(dispatch->specialization.size() == (one.shader == "sum_parts" ? 15 : 13));
     EXPECT(dispatch->specialization[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch->groups[0], y = dispatch->groups[1];
     EXPECT(x * y >= one.workgroups && x * (y - 1) < one.workgroups);
@@ -143,14 +143,26 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
     }
   }
   if (problem.pass != Pass::kBackward || !(problem.features & (FEATURE_DK | FEATURE_DV))) return;
-  const std::uint64_t parts_of_lists = CoarseListParts(params);
-  EXPECT(words[OPERAND_DCOARSE_K] >= parts_of_lists * coarse);
-  EXPECT(words[OPERAND_DCOARSE_V] >= parts_of_lists * coarse);
+  const CoarseListParts parts_of_lists = CoarseListPartsOf(params);
+  EXPECT(parts_of_lists.of_super_means >= parts_of_lists.of_means);
+  const auto parts_of_row = [&](std::uint64_t row) {
+    const bool among_super_means = row / 128 * 128 + 128 > DivideUp(params.keys, 16);
+    return among_super_means ? parts_of_lists.of_super_means : parts_of_lists.of_means;
+  };
+  std::uint64_t sums = 0;
+  for (std::uint64_t row = 0; row < params.coarse_rows; ++row) sums += parts_of_row(row);
+  EXPECT(words[OPERAND_DCOARSE_K] >= sums * heads * params.head_dim);
+  EXPECT(words[OPERAND_DCOARSE_V] >= sums * heads * params.head_dim);
   for (const Dispatch& dispatch : plan.dispatches) {
     if (dispatch.key_rows != KeyRows::kCoarse) continue;
-    const std::uint64_t tiles = DivideUp(params.coarse_rows, dispatch.specialization[4]) * heads;
-    EXPECT(dispatch.specialization.at(13) == parts_of_lists);
-    EXPECT(std::uint64_t{dispatch.groups[0]} * dispatch.groups[1] >= tiles * parts_of_lists);
+    EXPECT(dispatch.specialization.at(13) == parts_of_lists.of_means);
+    EXPECT(dispatch.specialization.at(14) == parts_of_lists.of_super_means);
+    const std::uint64_t tile_rows = dispatch.specialization[4];
+    std::uint64_t shares = 0;
+    for (std::uint64_t row = 0; row < params.coarse_rows; row += tile_rows) {
+      shares += parts_of_row(row);
+    }
+    EXPECT(std::uint64_t{dispatch.groups[0]} * dispatch.groups[1] >= shares * heads);
   }
   if (problem.features & FEATURE_CORRECTS) {
     const std::uint64_t parts = DivideUp(params.queries, 16 * params.super_tile_granules);
