@@ -105,9 +105,9 @@ _STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
 def _interval(audit: Audit) -> jax.Array:
     n, total = audit.rows, audit.error
     variance = (audit.error_squares - _ratio(total**2, n, 0.0)) * _ratio(n, n - 1, 0.0)
-    # A few rows may hold most of the error: two more like the largest may have been missed, and
+    # A few rows may hold most of the error: four more like the largest may have been missed, and
     # no more rows say something about the rest than those that add a like part.
-    deviation = jnp.sqrt(jnp.maximum(variance, 0) + 2 * audit.largest_error**2)
+    deviation = jnp.sqrt(jnp.maximum(variance, 0) + 4 * audit.largest_error**2)
     even = _ratio(total**2, audit.error_squares, n)
     degrees = jnp.clip(jnp.minimum(even / 2 - 1, n - 1), 0.5)
     student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))

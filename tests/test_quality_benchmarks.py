@@ -18,10 +18,12 @@ import pytest
 import router_emulation as router
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
-from evaluate import windows_of
+from evaluate import by_place
 from library import levels_of as levels_of_plan
 from model import LanguageModel, Shape, exact_attention
 from ours import OURS, of_levels
+from storage import windows_of
+from summary import ratios
 
 import jax_aat
 from jax_aat.reference import dense_attention
@@ -236,9 +238,55 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
         ("exact", False), ("jax_aat", False), ("jax_aat", True),
     ]  # fmt: skip
     assert all(len(row["spent_by_layer"]) == 2 for row in rows)
+    for row in rows[:2]:
+        # Quarters of tiles have as many positions each.
+        quarters = np.array(row["losses_by_place"])[:, :4]
+        np.testing.assert_allclose(quarters.mean(1), row["losses"], atol=1e-5)
     call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
     assert "| jax_aat" in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
+
+    of_model = [f"--weights={tmp_path}", "--windows=2", "--window-length=512"]
+    audits = table(call("audit_coverage.py", *of_model, "--draws=3"))
+    assert [(row[0], row[2]) for row in audits] == [
+        ("layer 0", "6"), ("layer 1", "6"), ("all layers", "12"),
+    ]  # fmt: skip
+    assert all(row[3] == "8" and 0 < float(row[4]) < 1 for row in audits)
+    kept = table(call("tolerance.py", *of_model, "--tolerances=0.1", "--starts", "1e-12", "1e6",
+                      "--settled=1"))  # fmt: skip
+    assert [(row[0], row[2]) for row in kept] == [
+        (inputs, start)
+        for start in ("1e-12", "1e+06")
+        for inputs in ("layer 0", "layer 1", "mean of layers")
+    ]
+    # At the smallest price all is exact at first.
+    assert float(kept[0][3]) < float(kept[3][3])
+
+
+def table(out: str) -> list[list[str]]:
+    """Rows of a table in Markdown, but for its head."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+
+
+def test_losses_are_told_apart_by_their_place_in_a_tile() -> None:
+    losses = jnp.asarray(10.0 * np.repeat([0, 1], 32) + np.tile(np.arange(32), 2))
+    np.testing.assert_allclose(by_place(losses, 32), np.array([3.5, 11.5, 19.5, 27.5, 31]) + 5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "spread", "answer"),
+    [(0.02, 0.001, "yes"), (0.05, 0.001, "no"), (0.03, 0.2, "not told")],
+)
+def test_a_third_of_anothers_change_is_judged_by_an_interval(
+    rng: np.random.Generator, ours: float, spread: float, answer: str
+) -> None:
+    noise = spread * rng.normal(size=20)
+    changes = {"exact": np.zeros(20), "jax_aat": ours + noise, "MRA": np.full(20, 0.1)}
+    rows = [
+        dict(seed=0, length=64, name=name, fraction=0.5, fidelity=False, losses=1 + change)
+        for name, change in changes.items()
+    ]
+    assert ratios(rows).splitlines()[-1].split("|")[-2].strip() == answer
 
 
 def test_retrieval_is_trained_and_asked_for(tmp_path: Path) -> None:

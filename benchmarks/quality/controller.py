@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import Sizes
+from facts import surroundings
 from model import default_dtype
 from synthetic import CASES
 from tqdm import tqdm
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         print(f"{case:9s} tolerance {args.tolerance}, second half of the calls: {shown}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"tolerance": args.tolerance, **vars(sizes)}
+    facts = {**surroundings(), "tolerance": args.tolerance, **vars(sizes)}
     args.output.write_text(json.dumps({**facts, "histories": histories}, indent=1) + "\n")
 
 

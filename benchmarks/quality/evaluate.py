@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
-from library import LIBRARY, SETTINGS
+from facts import surroundings
+from library import LIBRARY, SETTINGS, tile_positions
 from model import Shape, default_dtype, losses
 from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
-from storage import load_held_out, load_weights
+from storage import load_held_out, load_weights, windows_of
 from tqdm import tqdm
 
 CONTENDERS = {
@@ -95,12 +96,6 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield from block(others, args.fractions)
 
 
-def windows_of(texts: np.ndarray, length: int) -> np.ndarray:
-    """[windows, length + 1], as each byte predicts the next; the first of every text first."""
-    starts = range(0, texts.shape[1] - length, length)
-    return np.concatenate([texts[:, start : start + length + 1] for start in starts])
-
-
 class Evaluator:
     """Models of several seeds, the held-out text, and the compiled ways to run them."""
 
@@ -160,14 +155,30 @@ class Evaluator:
             parameters, began = self.parameters(job, index), time.monotonic()
             windows = windows_of(self.text[:-1], job.length)[: job.texts]
             results = [evaluate(self.params[index], window, parameters) for window in windows]
-            results = [(loss.mean(), besides) for loss, besides in results]
-            loss, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
+            positions = tile_positions(self.sizes(job.length))
+            results = [
+                (loss.mean(), by_place(loss, positions), besides) for loss, besides in results
+            ]
+            loss, places, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
             row = {"seed": seed, **vars(job), "losses": loss.tolist()}
+            if not job.fidelity:
+                row["losses_by_place"] = np.round(places, 6).tolist()
             row |= {name: x.mean(0).tolist() for name, x in besides.items()}
             row["spent"] = float(np.mean(row["spent_by_layer"]))
             row["seconds"] = time.monotonic() - began
             rows.append(row)
         return rows
+
+
+def by_place(losses: jax.Array, positions: int) -> jax.Array:
+    """Mean losses at the places of the quarters of query tiles, then at the last place, [5].
+
+    Args:
+      losses: [T], those of the bytes that the queries of a text predict.
+      positions: Of a query tile.
+    """
+    by_place = losses.reshape(-1, positions).mean(0)
+    return jnp.append(by_place.reshape(4, -1).mean(1), by_place[-1])
 
 
 def in_place(
@@ -225,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began, args = time.monotonic(), parse_arguments(arguments)
     evaluator = Evaluator(args.weights, args.seeds)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    facts = surroundings()
     wanted, rows, exact = list(dict.fromkeys(jobs(args))), [], {}
     with ThreadPoolExecutor(4) as pool:
         # Compiled ahead, in the order of need, while the device works.

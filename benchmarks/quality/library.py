@@ -48,6 +48,12 @@ SETTINGS = [
 """The library's attention by other settings than those it chooses."""
 
 
+def tile_positions(sizes: Sizes) -> int:
+    """Positions of a query tile, which choose levels together."""
+    grid = jax_aat.Adaptation(budget=0.5).grid(*[sizes.length] * 2, sizes.heads, sizes.kv_heads)
+    return grid.positions
+
+
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, fraction: float
 ) -> tuple[jax.Array, None]:

@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from evaluate import CONTENDERS, Evaluator, Job, compile_ahead
+from facts import surroundings
 from matplotlib.figure import Figure
 from needles import CODE_BYTES, PROMPT_BYTES, SENTENCE_BYTES, sentences
 from tqdm import tqdm
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluator = Evaluator(args.weights, args.seeds)
     depths = np.linspace(0, 1, args.depths)
     jobs = [Job(args.length, x, args.fraction, args.texts, False) for x in args.contenders]
-    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    facts = surroundings()
     facts |= {"length": args.length, "fraction": args.fraction}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -63,3 +63,9 @@ def load_held_out(folder: Path) -> np.ndarray:
     """Reads what `save_held_out` wrote, uint8 [bytes]."""
     with np.load(folder / "held-out.npz") as saved:
         return saved["text"]
+
+
+def windows_of(texts: np.ndarray, length: int) -> np.ndarray:
+    """[windows, length + 1], as each byte predicts the next; the first of every text first."""
+    starts = range(0, texts.shape[1] - length, length)
+    return np.concatenate([texts[:, start : start + length + 1] for start in starts])

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
+from facts import surroundings
 from library import LIBRARY
 from model import default_dtype
 from tabulate import tabulate
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 case = {"case": f"needle of {width}", "contender": name, "fraction": fraction}
                 rows.append({**case, "depth": float(depth), "found": share})
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"device": jax.devices()[0].device_kind, **vars(sizes)}
+    facts = {**surroundings(), **vars(sizes)}
     args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     table = report(rows, args.fractions)
     args.output.with_suffix(".md").write_text(table + "\n")

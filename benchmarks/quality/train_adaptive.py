@@ -26,6 +26,7 @@ import numpy as np
 from contenders import Contender, Sizes
 from corpus import Corpus, load_corpus, spread_windows
 from evaluate import CONTENDERS
+from facts import surroundings
 from matplotlib.figure import Figure
 from model import Attention, default_dtype, exact_attention, losses
 from tqdm import tqdm
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     curves: dict[str, list[float]] = {}
     evaluations: dict[str, dict[str, float]] = {}
-    facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    facts = surroundings()
     facts |= {"fraction": args.fraction, "context": args.context, "step_bytes": args.step_bytes}
     facts |= vars(shape)
     seconds: dict[str, float] = {}
