@@ -29,7 +29,9 @@ _STUDENT = (
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["rows", "error", "error_squares", "largest_error", "norm", "held", "best"],
+    data_fields=[
+        *("rows", "erring", "error", "error_squares", "largest_error", "norm", "held", "best")
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Audit:
 
     Attributes:
       rows: Number of audited rows.
+      erring: Number of those whose error is more than rounding leaves.
       error: Estimated sum over all rows of ||out - exact out||^2.
       error_squares: Sum of the squares of what each audited row adds to `error`.
       largest_error: The most that an audited row adds to `error`.
@@ -47,6 +50,7 @@ class Audit:
     """
 
     rows: jax.Array
+    erring: jax.Array
     error: jax.Array
     error_squares: jax.Array
     largest_error: jax.Array
@@ -57,7 +61,7 @@ class Audit:
     @classmethod
     def empty(cls, heads: int) -> "Audit":
         """No row was audited yet."""
-        return cls(*[jnp.zeros(heads, jnp.float32)] * 7)
+        return cls(*[jnp.zeros(heads, jnp.float32)] * 8)
 
     @property
     def relative_error(self) -> jax.Array:
@@ -113,10 +117,12 @@ def _interval(audit: Audit) -> jax.Array:
     student = jnp.exp(jnp.interp(1 / degrees, *_STUDENT_BY_INVERSE))
     width = jnp.minimum(student * _ratio(deviation, total, 0.0), 80) / 2
     factors = jnp.exp(jnp.stack([-width, width], -1))
-    # Where no audited row has an error, at most 3 / n of all have one, at this level.
-    unseen = jnp.sqrt(jnp.minimum(_ratio(3.0, n, 0.0), 1))
+    seen = audit.relative_error[..., None] * factors
+    # Where no audited row has an error but that of rounding, at most 3 / n of all have one, at this
+    # level.
+    unseen = jnp.maximum(jnp.sqrt(jnp.minimum(_ratio(3.0, n, 0.0), 1)), seen[..., 1])
     unseen = jnp.stack([jnp.zeros_like(unseen), unseen], -1)
-    return jnp.where(total[..., None] > 0, audit.relative_error[..., None] * factors, unseen)
+    return jnp.where(audit.erring[..., None] > 0, seen, unseen)
 
 
 def choose_rows(
@@ -185,6 +191,7 @@ def audit(
         name: jnp.moveaxis(x, 0, 1).reshape(batch, chunks * size, heads)[:, :count]
         for name, x in by_chunk.items()
     }
+    rounding = max(_LEAST_ROUNDING, _ROUNDING * float(jnp.finfo(out.dtype).eps) / 2)
     weight = jnp.asarray(weights, jnp.float32)[:, None]
     error = weight * compared["error"]
     norms = (operands[Slot.OUT].astype(jnp.float32) ** 2).sum((0, 1, 3))
@@ -192,6 +199,7 @@ def audit(
     norm = norms + (weight * (compared["exact_norm"] - compared["norm"])).sum((0, 1))
     return Audit(
         rows=jnp.full(heads, batch * count, jnp.float32),
+        erring=(compared["error"] > rounding**2 * compared["exact_norm"]).sum((0, 1), jnp.float32),
         error=error.sum((0, 1)),
         error_squares=(error**2).sum((0, 1)),
         largest_error=error.max((0, 1), initial=0),
@@ -202,6 +210,9 @@ def audit(
 
 
 _INPUTS = (*(Slot(i) for i in range(9)),)
+_ROUNDING, _LEAST_ROUNDING = 4, 1e-5
+"""Relative errors of a row that may come from rounding alone: in roundings of the output's dtype,
+to which kernels round weights, too, and at least what long sums in float32 leave."""
 _LEAST_NORM = 0.1
 """Estimates of the norm do not fall below this part of the norm of what was computed."""
 

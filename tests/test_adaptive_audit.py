@@ -151,7 +151,7 @@ def test_interval_covers_the_truth(rng):
 
     def summed(errors, total):
         y = 64.0 * errors
-        fields = (len(y), y.sum(), (y**2).sum(), y.max(), total, 0.0, 1.0)
+        fields = (len(y), (y > 0).sum(), y.sum(), (y**2).sum(), y.max(), total, 0.0, 1.0)
         return audit.Audit(*(jnp.float32(x) for x in fields))
 
     covered = []
@@ -166,6 +166,29 @@ def test_interval_covers_the_truth(rng):
         covered.append(((low <= true) & (true <= high)).mean())
         assert np.median(high / low) < 20
     assert min(covered) >= 0.95, covered
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounding_says_nothing_of_rows_that_were_not_audited(rng, dtype):
+    """An interval that rests on rounding alone holds what so few rows could have missed."""
+    operands, options, dense = problem(rng)
+    exact = oracle.Attention(dense).out
+    levels = pack_levels(jnp.zeros((1, GRID.lists, GRID.tiles, GRID.granules), int))
+
+    def audited(out):
+        positions = jnp.arange(T)[None].repeat(B, 0)
+        return audit.audit(operands, options, out, levels, GRID, positions, np.ones(T))
+
+    rounded = jnp.asarray(exact, dtype)
+    found = audited(rounded)
+    np.testing.assert_array_equal(found.erring, 0)
+    assert (found.interval[:, 0] == 0).all()
+    np.testing.assert_allclose(found.interval[:, 1], np.sqrt(3 / (B * T)), 1e-6)
+
+    wrong = audited(rounded.at[0, jnp.array([5, 40])].multiply(1.05))
+    np.testing.assert_array_equal(wrong.erring, 2)
+    assert (wrong.interval[:, 0] > 0).all()
+    assert (wrong.interval[:, 1] > wrong.relative_error).all()
 
 
 def test_heads_are_judged_together(rng):

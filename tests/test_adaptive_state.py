@@ -34,7 +34,7 @@ def audit_of(error: jax.Array, shares: jax.Array) -> Audit:
     """The audit of rows with [rows, N] shares of a squared error of each list."""
     y = jnp.repeat(error, 2) ** 2 * shares / ROWS
     ones = jnp.ones(4)
-    return Audit(ROWS * ones, y.sum(0), (y**2).sum(0), y.max(0), ones, ones, ones)
+    return Audit(ROWS * ones, ROWS * ones, y.sum(0), (y**2).sum(0), y.max(0), ones, ones, ones)
 
 
 @functools.partial(jax.jit, static_argnames=("tolerance", "power"))

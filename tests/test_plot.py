@@ -180,6 +180,7 @@ def report_of(flops: Sequence[float], error: Sequence[float], rows: int = 4) -> 
         rows=rows * one,
         error=jnp.asarray(error) ** 2,
         error_squares=jnp.asarray(error) ** 4 / 4,
+        erring=jnp.ones_like(jnp.asarray(error)),
         largest_error=jnp.asarray(error) ** 2 / 4,
         norm=one,
         held=one,

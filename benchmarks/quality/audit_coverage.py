@@ -39,7 +39,7 @@ def audited(
     attend = partial(
         jax_aat.tiled_attention, *operands, is_causal=True, implementation=implementation
     )
-    exact = attend()
+    exact = model_streams.attend_exactly(operands, implementation)
     start = jax_aat.ResolutionState.init(*operands[:2], adaptation)
 
     def call(step: jax.Array) -> Found:

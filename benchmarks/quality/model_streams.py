@@ -13,6 +13,8 @@ from capture import capture_qkv
 from model import Shape
 from storage import load_held_out, load_weights, windows_of
 
+import jax_aat
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose a model and the attention."""
@@ -41,9 +43,14 @@ def operands_by_layer(shape: Shape, params: Any, window: jax.Array) -> tuple[jax
     return tuple(x[:, None] for x in capture_qkv(shape, params, window))
 
 
+def attend_exactly(operands: tuple[jax.Array, ...], implementation: str | None) -> jax.Array:
+    """What errors are of: in float32, so that it has no rounding of its own that counts."""
+    wide = [x.astype(jnp.float32) for x in operands]
+    return jax_aat.tiled_attention(*wide, is_causal=True, implementation=implementation)
+
+
 def relative_errors(out: jax.Array, exact: jax.Array) -> jax.Array:
     """||out - exact|| / ||exact|| of every head of [B, T, N, H], then of all heads, [N + 1]."""
-    out, exact = out.astype(jnp.float32), exact.astype(jnp.float32)
-    error, norm = (jnp.sum(x**2, (0, 1, 3)) for x in (out - exact, exact))
+    error, norm = (jnp.sum(x**2, (0, 1, 3)) for x in (out.astype(jnp.float32) - exact, exact))
     error, norm = (jnp.append(x, x.sum()) for x in (error, norm))
     return jnp.sqrt(error / norm)

@@ -41,7 +41,8 @@ def controlled(
         jax_aat.tiled_attention, *operands, is_causal=True, implementation=implementation
     )
     out, state, report = attend(adaptation=adaptation, state=state, return_report=True)
-    errors = model_streams.relative_errors(out, attend())
+    exact = model_streams.attend_exactly(operands, implementation)
+    errors = model_streams.relative_errors(out, exact)
     return state, (errors, report.spent.mean(), (report.log_lambda == -jnp.inf).mean())
 
 
