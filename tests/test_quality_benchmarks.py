@@ -16,14 +16,14 @@ import needles
 import numpy as np
 import pytest
 import router_emulation as router
+from changes import bootstrap, changes_by_place, shares
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
-from evaluate import by_place
+from evaluate import CONTENDERS, at_places
 from library import levels_of as levels_of_plan
-from model import LanguageModel, Shape, exact_attention
+from model import LanguageModel, Shape, exact_attention, losses
 from ours import OURS, of_levels
-from storage import windows_of
-from summary import ratios
+from storage import load_held_out, load_weights, windows_of
 
 import jax_aat
 from jax_aat.reference import dense_attention
@@ -233,17 +233,31 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
     found = tmp_path / "evaluation.json"
     call("evaluate.py", f"--weights={tmp_path}", "--lengths=512", "--fractions=0.5", "--texts=2",
          "--fidelity-texts=1", "--contenders", "exact", "jax_aat", f"--output={found}")  # fmt: skip
-    rows = json.loads(found.read_text())["rows"]
+    measured = json.loads(found.read_text())
+    rows = measured["rows"]
     assert [(row["name"], row["fidelity"]) for row in rows] == [
         ("exact", False), ("jax_aat", False), ("jax_aat", True),
     ]  # fmt: skip
     assert all(len(row["spent_by_layer"]) == 2 for row in rows)
-    for row in rows[:2]:
-        # Quarters of tiles have as many positions each.
-        quarters = np.array(row["losses_by_place"])[:, :4]
-        np.testing.assert_allclose(quarters.mean(1), row["losses"], atol=1e-5)
+    # Tiles of 64 rows here, two query heads of a key/value head: 32 positions.
+    assert set(rows[0]["losses_by_place"]) >= {"32", "64"}
+    assert set(rows[1]["losses_by_place"]) == {"32"}
+    assert "losses_by_place" not in rows[2]
+    each = exact_losses(tmp_path, windows_of(load_held_out(tmp_path)[:-1], 512)[:2])
+    np.testing.assert_allclose(rows[0]["losses"], each.mean(1), atol=1e-5)
+    for tile, places in rows[0]["losses_by_place"].items():
+        place = np.arange(512) % int(tile)
+        quarters = [each[:, place * 4 // int(tile) == i].mean(1) for i in range(4)]
+        ends = [each[:, place == i].mean(1) for i in (0, int(tile) - 1)]
+        np.testing.assert_allclose(places, np.stack([ends[0], *quarters, ends[1]], 1), atol=1e-5)
     call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
-    assert "| jax_aat" in (tmp_path / "quality.md").read_text()
+    lines = (tmp_path / "quality.md").read_text()
+    assert "| jax_aat" in lines
+    assert f"commit: {measured['commit']}  \n" in lines
+    assert f"command: {measured['command']}  \n" in lines
+    (by_place,) = json.loads((tmp_path / "quality.json").read_text())["by_place"]
+    change = np.subtract(*(x["losses_by_place"]["32"] for x in (rows[1], rows[0]))).mean(0)
+    np.testing.assert_allclose(by_place["changes"], change, atol=1e-9)
     assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
 
     of_model = [f"--weights={tmp_path}", "--windows=2", "--window-length=512"]
@@ -268,25 +282,87 @@ def table(out: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
 
 
+def exact_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
+    """Of every byte of windows [count, T + 1] under a saved model, [count, T]."""
+    params, shape = load_weights(folder, 0)
+    run = jax.jit(partial(losses, shape, jnp.float32, exact_attention))
+    return np.asarray(run(params, windows)[0])
+
+
 def test_losses_are_told_apart_by_their_place_in_a_tile() -> None:
     losses = jnp.asarray(10.0 * np.repeat([0, 1], 32) + np.tile(np.arange(32), 2))
-    np.testing.assert_allclose(by_place(losses, 32), np.array([3.5, 11.5, 19.5, 27.5, 31]) + 5)
+    expected = np.array([0, 3.5, 11.5, 19.5, 27.5, 31]) + 5
+    np.testing.assert_allclose(at_places(losses, 32), expected)
+
+
+def test_tiles_are_of_as_many_positions_as_choose_together() -> None:
+    names = ("jax_aat", "jax_aat, tiles of 256", "MRA", "block top-k")
+    sizes = [Sizes(length, heads=8, kv_heads=2, head_dim=64) for length in (2048, 8192)]
+    found = [[CONTENDERS[name].tile(x) for name in names] for x in sizes]
+    assert found == [[16, 64, 32, 64], [32, 64, 32, 64]]
+
+
+def test_intervals_draw_seeds_then_texts(rng: np.random.Generator) -> None:
+    np.testing.assert_array_equal(bootstrap([np.full(5, 0.25)] * 3), [0.25, 0.25])
+    # Two seeds of equal texts: both ends are drawn, each in a quarter of the cases.
+    np.testing.assert_array_equal(bootstrap([np.zeros(9), np.ones(9)]), [0, 1])
+    texts = rng.normal(size=(400, 2)) * [1, 3] + [0, 10]
+    error = 1.96 * np.array([1, 3]) / 20
+    expected = texts.mean(0) + np.stack([-error, error])
+    np.testing.assert_allclose(bootstrap([texts]), expected, atol=0.05)
+
+
+def rows_of(changes: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """What `evaluate.py` writes of attentions that change losses at the last place twice as much.
+
+    Texts of exact attention are as many as the most of others.
+    """
+    count = max(map(len, changes.values()))
+    changes = {"exact": np.zeros(count), **changes}
+    at_places = np.array([0, 1, 1, 1, 1, 2])
+    base = np.linspace(1, 2, count)
+    return [
+        dict(
+            seed=0, length=64, name=name, fraction=0.5, fidelity=False, spent=0.5,
+            losses=base[: len(x)] + x,
+            losses_by_place={"32": base[: len(x), None] + np.outer(x, at_places)},
+        )
+        for name, x in changes.items()
+    ]  # fmt: skip
+
+
+def test_changes_by_place_are_paired_with_exact_attention(rng: np.random.Generator) -> None:
+    change = 0.02 + 0.01 * rng.normal(size=30)
+    (row,) = changes_by_place(rows_of({"jax_aat": change}))
+    np.testing.assert_allclose(row["changes"], np.array([0, 1, 1, 1, 1, 2]) * change.mean())
+    low, high = bootstrap([change])
+    expected = np.outer([low, high], [0, 1, 1, 1, 1, 2])
+    np.testing.assert_allclose(row["intervals"], expected, atol=1e-12)
+    without = [
+        {k: v for k, v in x.items() if k != "losses_by_place"} for x in rows_of({"MRA": change})
+    ]
+    assert not changes_by_place(without)
 
 
 @pytest.mark.parametrize(
-    ("ours", "spread", "answer"),
+    ("ours", "spread", "kept"),
     [(0.02, 0.001, "yes"), (0.05, 0.001, "no"), (0.03, 0.2, "not told")],
 )
 def test_a_third_of_anothers_change_is_judged_by_an_interval(
-    rng: np.random.Generator, ours: float, spread: float, answer: str
+    rng: np.random.Generator, ours: float, spread: float, kept: str
 ) -> None:
-    noise = spread * rng.normal(size=20)
-    changes = {"exact": np.zeros(20), "jax_aat": ours + noise, "MRA": np.full(20, 0.1)}
-    rows = [
-        dict(seed=0, length=64, name=name, fraction=0.5, fidelity=False, losses=1 + change)
-        for name, change in changes.items()
-    ]
-    assert ratios(rows).splitlines()[-1].split("|")[-2].strip() == answer
+    # What both share, such as a text that is hard to change, tells nothing of a third.
+    common = 0.02 * rng.normal(size=20)
+    other = 0.1 + 3 * common
+    change = ours + common + spread * rng.normal(size=20)
+    rows = rows_of({"jax_aat": change, "MRA": np.append(other, 100.0)})
+    (row,) = shares(rows)
+    excess = change - other / 3
+    assert row["all"]["kept"] == row["last"]["kept"] == kept
+    assert row["all"]["excess"] == pytest.approx(excess.mean())
+    assert row["all"]["share"] == pytest.approx(change.mean() / other.mean())
+    np.testing.assert_allclose(row["all"]["interval"], bootstrap([excess]), atol=1e-12)
+    np.testing.assert_allclose(row["last"]["interval"], bootstrap([2 * excess]), atol=1e-12)
 
 
 def test_retrieval_is_trained_and_asked_for(tmp_path: Path) -> None:
@@ -308,9 +384,16 @@ def test_retrieval_is_trained_and_asked_for(tmp_path: Path) -> None:
 def test_training_with_adaptive_and_exact_attention_runs(tmp_path: Path) -> None:
     found = tmp_path / "training.json"
     call("train_adaptive.py", "--most-steps=3", *MODEL, "--context=512", "--step-bytes=1024",
-         "--fraction=0.5", "--megabytes=1", "--held-out=1", f"--output={found}")  # fmt: skip
-    curves = json.loads(found.read_text())["curves"]
-    assert {name: len(curve) for name, curve in curves.items()} == {"jax_aat": 3, "exact": 3}
-    # The same start, the same data.
-    assert curves["jax_aat"][0] == pytest.approx(curves["exact"][0], abs=0.1)
+         "--fraction=0.5", "--megabytes=1", "--held-out=1", "--seeds", "0", "1",
+         f"--output={found}")  # fmt: skip
+    measured = json.loads(found.read_text())
+    assert len(measured["commit"]) == 40
+    curves = {(run["seed"], run["trained_with"]): run["curve"] for run in measured["runs"]}
+    assert {case: len(curve) for case, curve in curves.items()} == dict.fromkeys(
+        [(0, "jax_aat"), (1, "jax_aat"), (0, "exact"), (1, "exact")], 3
+    )
+    for seed in (0, 1):
+        # The same start, the same data.
+        assert curves[seed, "jax_aat"][0] == pytest.approx(curves[seed, "exact"][0], abs=0.1)
+    assert curves[0, "exact"] != curves[1, "exact"]
     assert found.with_suffix(".png").exists()

@@ -22,6 +22,9 @@ from dense_engine import Coarse, Selection
 
 Array = jax.Array
 
+TILE = 32
+"""Positions of the blocks of queries of most contenders here."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -43,12 +46,15 @@ class Contender:
       attend: Of query, key, value and parameters: the output [T, N, H] and the operations it
         took, planning included, as a fraction of those of exact attention.
       static: Parameters are hashable and part of what is compiled.
+      tile: Of sizes: how many neighbouring positions choose together; of those that choose nothing
+        together, by how many they are compared with the others.
     """
 
     name: str
     parameters: Callable[[Sizes, float], Any]
     attend: Callable[[Array, Array, Array, Any], tuple[Array, Array]]
     static: bool = False
+    tile: Callable[[Sizes], int] = lambda _: TILE
 
 
 Select = Callable[[Array, Array, Array, Any], Selection]
@@ -198,7 +204,7 @@ def _quest(query: Array, key: Array, value: Array, parameters: Any) -> Selection
     return Selection(planning, best_blocks(bound.reshape(-1, *bound.shape[2:]), kept))
 
 
-MRA_BLOCK = 32
+MRA_BLOCK = TILE
 
 
 def _mra_parameters(sizes: Sizes, fraction: float) -> tuple[np.ndarray, np.float32]:
@@ -224,7 +230,7 @@ def _mra(query: Array, key: Array, value: Array, parameters: Any) -> Selection:
 
 
 CELLS = (16, 64, 256, 1024)
-PYRAMID_TILE = 32
+PYRAMID_TILE = TILE
 
 
 def cells_within(length: int) -> list[int]:
@@ -284,11 +290,13 @@ BASELINES = [
         "block top-k",
         partial(_kept, query_block=BLOCK, key_block=BLOCK),
         selecting(_block_top_k),
+        tile=lambda _: BLOCK,
     ),
     Contender(
         "Quest",
         partial(_kept, query_block=BLOCK, key_block=PAGE, products=2),
         selecting(_quest),
+        tile=lambda _: BLOCK,
     ),
     Contender("MRA", _mra_parameters, selecting(_mra)),
     Contender("fixed pyramid", _pyramid_parameters, selecting(_pyramid)),

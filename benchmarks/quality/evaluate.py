@@ -4,8 +4,9 @@ r"""Puts other attentions into every layer of trained models and measures what t
     python benchmarks/quality/evaluate.py --weights build/quality --seeds 0 --lengths 512 \
         --fractions 0.5 0.25 --texts 4 --fidelity-texts 1                  # on a processor
 
-For every length, attention and fraction of the operations: the loss of every held-out text, and on
-some texts, layer by layer, the relative error of the output for the exact queries, keys and values.
+For every length, attention and fraction of the operations: the loss of every held-out text, in all
+and by the place in a tile of the queries that choose together, and on some texts, layer by layer,
+the relative error of the output for the exact queries, keys and values.
 The most important cases come first, and the file is rewritten after each, so that a run that is cut
 short by ``--seconds`` has them. `summary.py` makes tables and pictures of the files.
 """
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from contenders import BASELINES, EXACT, Contender, Sizes
 from facts import surroundings
-from library import LIBRARY, SETTINGS, tile_positions
+from library import LIBRARY, SETTINGS
 from model import Shape, default_dtype, losses
 from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
 from storage import load_held_out, load_weights, windows_of
@@ -147,6 +148,13 @@ class Evaluator:
             self.calibrations[case] = calibrate(self.shape, params, window, job.fraction)
         return np.float32(job.fraction), self.calibrations[case]
 
+    def by_place(self, job: Job, losses: jax.Array) -> dict[str, jax.Array]:
+        """Losses by the place in a contender's tiles; under exact attention, in those of all."""
+        contenders = CONTENDERS.values() if job.name == "exact" else [CONTENDERS[job.name]]
+        tiles = {contender.tile(self.sizes(job.length)) for contender in contenders}
+        # Fewer positions have no quarters.
+        return {str(tile): at_places(losses, tile) for tile in sorted(tiles) if tile >= 4}
+
     def run(self, job: Job) -> list[dict[str, Any]]:
         """Measures one case on every seed."""
         evaluate = self.compiled(job)
@@ -155,14 +163,15 @@ class Evaluator:
             parameters, began = self.parameters(job, index), time.monotonic()
             windows = windows_of(self.text[:-1], job.length)[: job.texts]
             results = [evaluate(self.params[index], window, parameters) for window in windows]
-            positions = tile_positions(self.sizes(job.length))
             results = [
-                (loss.mean(), by_place(loss, positions), besides) for loss, besides in results
+                (loss.mean(), self.by_place(job, loss), besides) for loss, besides in results
             ]
             loss, places, besides = jax.device_get(jax.tree.map(lambda *x: jnp.stack(x), *results))
             row = {"seed": seed, **vars(job), "losses": loss.tolist()}
             if not job.fidelity:
-                row["losses_by_place"] = np.round(places, 6).tolist()
+                row["losses_by_place"] = {
+                    tile: np.round(x.astype(float), 6).tolist() for tile, x in places.items()
+                }
             row |= {name: x.mean(0).tolist() for name, x in besides.items()}
             row["spent"] = float(np.mean(row["spent_by_layer"]))
             row["seconds"] = time.monotonic() - began
@@ -170,15 +179,15 @@ class Evaluator:
         return rows
 
 
-def by_place(losses: jax.Array, positions: int) -> jax.Array:
-    """Mean losses at the places of the quarters of query tiles, then at the last place, [5].
+def at_places(losses: jax.Array, tile: int) -> jax.Array:
+    """Mean losses at the first place of all tiles, in their quarters, at the last place, [6].
 
     Args:
       losses: [T], those of the bytes that the queries of a text predict.
-      positions: Of a query tile.
+      tile: Its positions.
     """
-    by_place = losses.reshape(-1, positions).mean(0)
-    return jnp.append(by_place.reshape(4, -1).mean(1), by_place[-1])
+    of_place = losses.reshape(-1, tile).mean(0)
+    return jnp.concatenate([of_place[:1], of_place.reshape(4, -1).mean(1), of_place[-1:]])
 
 
 def in_place(

@@ -34,8 +34,15 @@ def _fraction(sizes: Sizes, fraction: float) -> float:
     return fraction
 
 
+def _tile(sizes: Sizes, **settings: int) -> int:
+    """Positions of a query tile."""
+    adaptation = jax_aat.Adaptation(budget=0.5, **settings)
+    return adaptation.grid(*[sizes.length] * 2, sizes.heads, sizes.kv_heads).positions
+
+
 def _library(name: str, **settings: int) -> Contender:
-    return Contender(name, _fraction, partial(_attend, **settings), static=True)
+    attend, tile = partial(_attend, **settings), partial(_tile, **settings)
+    return Contender(name, _fraction, attend, static=True, tile=tile)
 
 
 LIBRARY = _library("jax_aat")
@@ -46,12 +53,6 @@ SETTINGS = [
     _library("jax_aat, one stage, tiles of 256", stages=1, query_tile=256),
 ]
 """The library's attention by other settings than those it chooses."""
-
-
-def tile_positions(sizes: Sizes) -> int:
-    """Positions of a query tile, which choose levels together."""
-    grid = jax_aat.Adaptation(budget=0.5).grid(*[sizes.length] * 2, sizes.heads, sizes.kv_heads)
-    return grid.positions
 
 
 def attention(
