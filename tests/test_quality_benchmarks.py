@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import audit_coverage
 import jax
 import jax.numpy as jnp
+import model_streams
 import needles
 import numpy as np
 import pytest
 import router_emulation as router
+import tolerance
 from changes import bootstrap, changes_by_place, shares
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
@@ -261,7 +264,9 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
     assert (tmp_path / "quality-loss.png").read_bytes().startswith(b"\x89PNG")
 
     of_model = [f"--weights={tmp_path}", "--windows=2", "--window-length=512"]
-    audits = table(call("audit_coverage.py", *of_model, "--draws=3"))
+    out = call("audit_coverage.py", *of_model, "--draws=3")
+    assert {"commit", "jax", "jax_device"} <= {line.partition(":")[0] for line in out.splitlines()}
+    audits = table(out)
     assert [(row[0], row[2]) for row in audits] == [
         ("layer 0", "6"), ("layer 1", "6"), ("all layers", "12"),
     ]  # fmt: skip
@@ -271,15 +276,98 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
     assert [(row[0], row[2]) for row in kept] == [
         (inputs, start)
         for start in ("1e-12", "1e+06")
-        for inputs in ("layer 0", "layer 1", "mean of layers")
+        for inputs in ("layer 0", "layer 1", "all layers")
     ]
+    for first, second, both in (kept[:3], kept[3:]):
+        assert float(both[3]) == pytest.approx((float(first[3]) + float(second[3])) / 2, abs=0.011)
+        for column in (4, 5):
+            assert float(both[column]) == max(float(first[column]), float(second[column]))
     # At the smallest price all is exact at first.
     assert float(kept[0][3]) < float(kept[3][3])
 
 
 def table(out: str) -> list[list[str]]:
-    """Rows of a table in Markdown, but for its head."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    """Rows of the table in Markdown, but for its head."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+@pytest.fixture
+def stream(rng: np.random.Generator) -> tuple[Any, np.ndarray]:
+    """Parameters of a model that was not trained, and two windows of 512 bytes."""
+    windows = rng.integers(0, 256, (2, 513)).astype(np.uint8)
+    model = LanguageModel(TINY, jnp.float32, exact_attention)
+    return jax.jit(model.init)(jax.random.key(0), jnp.asarray(windows, jnp.int32)), windows
+
+
+def true_errors(operands: tuple[jax.Array, ...], out: jax.Array) -> np.ndarray:
+    """Relative, of every head, then of all of them."""
+    wide = (x.astype(jnp.float32) for x in operands)
+    exact = np.asarray(dense_attention(*wide, is_causal=True)[0], np.float64)
+    differences = np.asarray(out, np.float64) - exact
+    every = [np.s_[:, :, n] for n in range(TINY.heads)] + [np.s_[:]]
+    return np.array([np.linalg.norm(differences[x]) / np.linalg.norm(exact[x]) for x in every])
+
+
+def test_an_audit_of_all_rows_finds_the_errors_that_coverage_calls_true(
+    stream: tuple[Any, np.ndarray],
+) -> None:
+    params, (window, _) = stream
+    adaptation = jax_aat.Adaptation(budget=0.5, audit_rate=1.0)
+    attend = partial(jax_aat.tiled_attention, is_causal=True, implementation="xla")
+    steps = jnp.arange(2)
+    found = audit_coverage.of_window(TINY, params, window, steps, adaptation, "xla")
+    true, audited, interval, rows = (np.asarray(x) for x in found)
+    operands = model_streams.operands_by_layer(TINY, params, window)
+    outs = jax.jit(partial(jax.lax.map, lambda x: attend(*x, adaptation=adaptation)))(operands)
+    for layer in range(TINY.layers):
+        expected = true_errors(tuple(x[layer] for x in operands), outs[layer])
+        assert (expected > 0.01).all()
+        np.testing.assert_allclose(true[layer], np.tile(expected, (2, 1)), rtol=1e-3)
+    np.testing.assert_allclose(audited, true, rtol=5e-3)
+    assert (rows == 512).all()
+    assert ((interval[..., 0] < true) & (true < interval[..., 1])).all()
+
+
+def test_each_layer_carries_its_own_state_through_the_windows(
+    stream: tuple[Any, np.ndarray],
+) -> None:
+    params, windows = stream
+    adaptation = jax_aat.Adaptation(tolerance=0.1)
+    errors, spent, _ = tolerance.of_model((TINY, params, windows), adaptation, 1e-4, "xla")
+    assert errors.shape == (2, TINY.layers, TINY.heads + 1)
+
+    @jax.jit
+    def attend(operands: tuple[jax.Array, ...], state: Any) -> tuple[jax.Array, Any, Any]:
+        return jax_aat.tiled_attention(
+            *operands, is_causal=True, implementation="xla", adaptation=adaptation, state=state,
+            return_report=True,
+        )  # fmt: skip
+
+    for layer in range(TINY.layers):
+        state = None
+        for i, window in enumerate(windows):
+            stack = model_streams.operands_by_layer(TINY, params, window)
+            operands = tuple(x[layer] for x in stack)
+            if state is None:
+                state = tolerance.initial(operands, adaptation, 1e-4)
+                np.testing.assert_allclose(state.log_lambda, np.log(1e-4), rtol=1e-6)
+            out, state, report = attend(operands, state)
+            np.testing.assert_allclose(errors[i, layer], true_errors(operands, out), rtol=1e-3)
+            assert spent[i, layer] == pytest.approx(float(report.spent.mean()), rel=1e-5)
+    assert (np.abs(errors[0] - errors[1]) > 1e-4).any()
+
+
+def test_a_width_without_a_lower_end_is_not_told_as_a_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    true = np.full((3, 2), 0.1)
+    low, high = np.full((3, 2), 0.05), np.full((3, 2), 0.2)
+    low[:2, 0], low[:, 1] = 0, 5e-5
+    results = true, true, np.stack([low, high], -1), np.full(3, 8.0)
+    audit_coverage.print_row("a", "b", tuple(map(jnp.asarray, results)))
+    cells = [cell.strip() for cell in capsys.readouterr().out.split("|")[1:-1]]
+    assert cells[6:] == ["100.0%", "unbounded", "100.0%", "4e+03"]
 
 
 def exact_losses(folder: Path, windows: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ r"""How often the audited error's 95% interval holds the true error, and how wid
 Of synthetic streams; with `--weights` of all layers of a trained model on held-out windows:
 
     python benchmarks/quality/audit_coverage.py --weights build/quality --windows 125 --draws 8
+    python benchmarks/quality/audit_coverage.py --weights build/quality --windows 60 --draws 4 \
+        --window-length 512                                                # on a processor
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def of_window(
 
 
 def _factor(width: np.ndarray) -> str:
-    """The median factor between the ends of intervals, which are at most a factor of e^80 apart."""
+    """The median factor between the ends of intervals: at most e^80, or infinite."""
     median = np.median(width)
     if median > 1e30:
         return "unbounded"
@@ -93,7 +95,7 @@ def print_row(inputs: str, size: str, results: Found) -> None:
     true, found, interval, rows = (np.asarray(x) for x in results)
     low, high = interval[..., 0], interval[..., 1]
     covered = (low <= true) & (true <= high)
-    width = high / np.maximum(low, 1e-30)
+    width = np.divide(high, low, out=np.full_like(high, np.inf), where=low > 0)
     print(
         f"| {inputs} | {size} | {len(true)} | {rows.max():.0f} "
         f"| {true[:, -1].mean():.4f} | {(found**2).sum() / (true**2).sum():.3f} "
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="of rows, a window and layer")
     model_streams.add_arguments(parser)
     args = parser.parse_args()
+    model_streams.print_surroundings()
     print("| inputs | B x T | calls | audited rows | true error", end=" ")
     print("| mean square, audited / true | covered, a head | width | covered, all heads | width |")
     print("|---|---|---|---|---|---|---|---|---|---|")

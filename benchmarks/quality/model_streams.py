@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from capture import capture_qkv
+from facts import surroundings
 from model import Shape
 from storage import load_held_out, load_weights, windows_of
 
@@ -23,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, default=200, help="of the held-out text")
     parser.add_argument("--window-length", type=int, default=8192)
     parser.add_argument("--implementation", choices=["xla", "vulkan"], help="default: by itself")
+
+
+def print_surroundings() -> None:
+    """Prints what the figures depend on, above their table."""
+    print("\n".join(f"{name}: {fact}  " for name, fact in surroundings().items()), end="\n\n")
 
 
 def load(args: argparse.Namespace) -> tuple[Shape, Any, np.ndarray]:

@@ -6,6 +6,8 @@ Of synthetic streams; with `--weights` of all layers of a trained model, each wi
 held-out window after the other:
 
     python benchmarks/quality/tolerance.py --weights build/quality --starts 1e-12 1e6
+    python benchmarks/quality/tolerance.py --weights build/quality --starts 1e-12 1e6 \
+        --windows 60 --window-length 512                                   # on a processor
 """
 
 from __future__ import annotations
@@ -106,12 +108,16 @@ def of_model(
 
 
 def print_row(inputs: str, tolerance: float, start: float, settled: int, figures: Figures) -> None:
-    """Prints a row of the table; some columns leave out the calls before it has settled."""
+    """Prints a row of the table; some columns leave out the calls before it has settled.
+
+    Figures are of calls, or of calls [calls, layers]: then of all layers what is a mean, and of the
+    worst layer what is the largest or of the worst head.
+    """
     errors, spent, resting = (np.asarray(x) for x in figures)
     ratio = errors / tolerance
     print(
-        f"| {inputs} | {tolerance} | {start:g} | {ratio[:, -1].mean():.2f} "
-        f"| {ratio[settled:, -1].max():.2f} | {ratio[:, :-1].mean(0).max():.2f} "
+        f"| {inputs} | {tolerance} | {start:g} | {ratio[..., -1].mean():.2f} "
+        f"| {ratio[settled:, ..., -1].max():.2f} | {ratio[..., :-1].mean(0).max():.2f} "
         f"| {spent[settled:].mean():.1%} | {resting[settled:].mean():.0%} |",
         flush=True,
     )
@@ -130,6 +136,7 @@ def main() -> None:
     parser.add_argument("--settled", type=int, default=20, help="calls until it is judged")
     model_streams.add_arguments(parser)
     args = parser.parse_args()
+    model_streams.print_surroundings()
     print("| inputs | tolerance | first lambda | mean true error / tolerance", end=" ")
     print(f"| its largest in a call after {args.settled} | its mean in the worst head", end=" ")
     print("| FLOPs / exact | lists that rest |")
@@ -147,12 +154,11 @@ def main() -> None:
     loaded = model_streams.load(args)
     for tolerance, start in settings:
         adaptation = jax_aat.Adaptation(tolerance=tolerance)
-        errors, spent, resting = of_model(loaded, adaptation, start, args.implementation)
-        for layer in range(errors.shape[1]):
-            figures = errors[:, layer], spent[:, layer], resting[:, layer]
-            print_row(f"layer {layer}", tolerance, start, args.settled, figures)
-        figures = errors.mean(1), spent, resting
-        print_row("mean of layers", tolerance, start, args.settled, figures)
+        figures = of_model(loaded, adaptation, start, args.implementation)
+        for layer in range(loaded[0].layers):
+            of_layer = tuple(x[:, layer] for x in figures)
+            print_row(f"layer {layer}", tolerance, start, args.settled, of_layer)
+        print_row("all layers", tolerance, start, args.settled, figures)
 
 
 if __name__ == "__main__":
