@@ -297,6 +297,26 @@ def test_a_tolerance_is_kept_by_the_real_router():
         assert np.isfinite(state.log_lambda).all()
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_says_where_nothing_is_saved(alike, rng):
+    """Keys and values that are the same in every granule cost little; in noise all is exact."""
+    length, adaptation = 512, jax_aat.Adaptation(tolerance=0.03, query_tile=32)
+    q = normal(rng, 1, length, N, H)
+    k, v = (normal(rng, 1, length, K, H) for _ in range(2))
+    if alike:
+        k, v = (jnp.repeat(x[:, ::16], 16, axis=1) for x in (k, v))
+
+    def step(state, _):
+        _, state, report = attend(q, k, v, adaptation=adaptation, state=state, return_report=True)
+        return state, report
+
+    state = jax_aat.ResolutionState.init(q, k, adaptation, is_causal=True)
+    run = jax.jit(lambda state: jax.lax.scan(step, state, length=20)[1])
+    last = jax.tree.map(lambda x: x[-1], run(state))
+    assert ("nothing is saved: 1" in str(last)) != alike
+    assert (last.relative_error < 0.03 if alike else last.levels[:, EXACT] > 0.999).all()
+
+
 def test_a_plan_serves_several_calls(rng):
     adaptation = jax_aat.Adaptation(threshold=1e-3, query_tile=32, replan_every=3)
     q, k, v = inputs(rng)
