@@ -30,13 +30,23 @@ _STUDENT = (
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        *("rows", "erring", "error", "error_squares", "largest_error", "norm", "held", "best")
+        "rows",
+        "erring",
+        "error",
+        "error_squares",
+        "largest_error",
+        "norm",
+        "held",
+        "best",
     ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Audit:
     """What audited rows say, by head; every attribute [..., N] float32.
+
+    In a moving average (`blended`) `erring` says how lately a row erred; in `joined` heads it
+    counts a row once for each of them.
 
     Attributes:
       rows: Number of audited rows.

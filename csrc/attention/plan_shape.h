@@ -24,7 +24,8 @@ std::uint32_t LevelWords(const AttentionParams& params);
 std::uint32_t KeyListTiles(const AttentionParams& params);
 
 // Workgroups that share the transposed list of a tile of coarse rows, where a call makes these
-// (shaders/common/key_parts.glsl): so many that a GPU is full. Powers of two.
+// (shaders/common/key_parts.glsl): so many of means that a GPU is full, so many of super-means that
+// none has much more to do than others. Powers of two.
 struct CoarseListParts {
   std::uint32_t of_means;        // of granules alone
   std::uint32_t of_super_means;  // among them, which nearly all queries see; not fewer

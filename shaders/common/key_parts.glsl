@@ -1,7 +1,7 @@
 // Few tiles of coarse rows see very many queries, so several workgroups share the transposed list of
 // one: each takes a part and has sums of its own, which sum_parts.comp adds up. Nearly all queries
-// see the means of super-tiles: the lists of tiles with such rows have more parts and start first.
-// As few as others, and last, the GPU waited for them alone: 131,072 keys took 4.7 times as long.
+// see the means of super-tiles: the lists of tiles with such rows have more parts and start before
+// the others of the heads beside them. Cut as the others are, and last, the GPU would wait for them.
 #include "common/key_list.glsl"
 #include "common/parts.glsl"
 
