@@ -209,7 +209,10 @@ def audit(
     norm = norms + (weight * (compared["exact_norm"] - compared["norm"])).sum((0, 1))
     return Audit(
         rows=jnp.full(heads, batch * count, jnp.float32),
-        erring=(compared["error"] > rounding**2 * compared["exact_norm"]).sum((0, 1), jnp.float32),
+        # NaN errs, too.
+        erring=(~(compared["error"] <= rounding**2 * compared["exact_norm"])).sum(
+            (0, 1), jnp.float32
+        ),
         error=error.sum((0, 1)),
         error_squares=(error**2).sum((0, 1)),
         largest_error=error.max((0, 1), initial=0),
@@ -280,5 +283,6 @@ def _sum_of_largest(x: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def _ratio(x: Any, y: Any, otherwise: Any) -> jax.Array:
-    """The quotient, and `otherwise` where y is 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), otherwise)
+    """The quotient, and `otherwise` where y is 0 or less; NaN stays NaN."""
+    none = y <= 0
+    return jnp.where(none, otherwise, x / jnp.where(none, 1, y))

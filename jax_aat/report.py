@@ -156,7 +156,7 @@ class Report:
             columns["error"] = [f"{x:.2g}" for x in mean(self.relative_error)]
             # From a few rows of which one has most of the error nothing follows.
             columns["95% interval"] = [
-                f"{a:.2g} to {b:.2g}" if b < 1e3 * a or a == 0 else "too few rows"
+                "too few rows" if b >= 1e3 * a > 0 else f"{a:.2g} to {b:.2g}"
                 for a, b in zip(low, high, strict=True)
             ]
         columns["dR/dt"] = [f"{x:.2f}" for x in mean(self.change)]

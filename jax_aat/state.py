@@ -174,20 +174,29 @@ class ResolutionState:
         low, high = jnp.moveaxis(found.interval, -1, 0)
         past = average.relative_error
         stale = (average.rows == 0) | (past < low / 2) | (past > 2 * high)
-        weight = jnp.repeat(jnp.where(stale, 1.0, MEMORY), heads // lists, axis=-1)
-        average = self.audit.blended(audit, weight)
+        weight = jnp.where(stale, 1.0, MEMORY)
+        # Of a call whose output is not finite nothing is learnt.
+        usable = jnp.isfinite(found.relative_error)
+        weight, learns = (jnp.repeat(x, heads // lists, axis=-1) for x in (weight, usable))
+        average = jax.tree.map(
+            lambda old, new: jnp.where(learns, new, old),
+            self.audit,
+            self.audit.blended(audit, weight),
+        )
         state = dataclasses.replace(state, audit=average)
         if tolerance is None or spent is None:
             return state
-        return state._steered(average.joined(heads // lists), spent, tolerance)
+        return state._steered(average.joined(heads // lists), usable, spent, tolerance)
 
-    def _steered(self, audit: Audit, spent: jax.Array, tolerance: float) -> "ResolutionState":
+    def _steered(
+        self, audit: Audit, usable: jax.Array, spent: jax.Array, tolerance: float
+    ) -> "ResolutionState":
         error = jnp.maximum(audit.relative_error, jnp.finfo(jnp.float32).tiny)
         ratio = jnp.clip(jnp.log(AIM * tolerance / error), -LARGEST_RATIO, LARGEST_RATIO)
         first = jnp.where(ratio < 0, FIRST_GAIN_DOWN, FIRST_GAIN_UP)
         gain = jnp.maximum(GAIN, first / self.step.astype(jnp.float32))
         moved = jnp.clip(self.log_lambda + gain * ratio, jnp.log(LEAST), jnp.log(MOST))
-        known = (audit.norm > 0) & (self.rest == 0)
+        known = usable & (audit.norm > 0) & (self.rest == 0)
         # Dense attention costs less than this list does though it uses what is tolerated.
         futile = known & (spent >= 1) & (ratio < jnp.log(2.0))
         rest = jnp.where(futile, REST, jnp.maximum(self.rest - 1, 0))

@@ -191,6 +191,22 @@ def test_rounding_says_nothing_of_rows_that_were_not_audited(rng, dtype):
     assert (wrong.interval[:, 1] > wrong.relative_error).all()
 
 
+@pytest.mark.parametrize("row", [5, 40], ids=["audited", "other row"])
+def test_an_output_that_is_not_finite_is_not_called_exact(rng, row):
+    operands, options, dense = problem(rng)
+    out = jnp.asarray(oracle.Attention(dense).out, jnp.float32).at[0, row, 1].set(jnp.nan)
+    levels = pack_levels(jnp.zeros((1, GRID.lists, GRID.tiles, GRID.granules), int))
+    positions = jnp.array([[5, 20]]).repeat(B, 0)
+    found = audit.audit(operands, options, out, levels, GRID, positions, np.full(2, T / 2))
+    assert np.isnan(found.relative_error).tolist() == [n == 1 for n in range(N)]
+    np.testing.assert_array_equal(
+        np.isnan(found.information_flow_quality), np.isnan(found.relative_error)
+    )
+    np.testing.assert_array_equal(
+        np.isfinite(found.interval[:, 1]), np.isfinite(found.relative_error)
+    )
+
+
 def test_heads_are_judged_together(rng):
     operands, options, dense = problem(rng)
     exact = oracle.Attention(dense).out

@@ -92,6 +92,26 @@ def test_without_an_audit_or_a_tolerance_lambda_stays():
     np.testing.assert_allclose(after.audit.relative_error, 0.5, 1e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_of_a_call_that_is_not_finite_nothing_is_learnt(bad):
+    state = ResolutionState.of_grid(GRID, 1, 1.0)
+    good = audit_of(jnp.array([0.06, 0.06]), jnp.ones((ROWS, 4)))
+    spoilt = jax.tree.map(lambda x: x.at[0].set(bad), good)
+
+    def after(state, audit):
+        return state.after(state.levels, audit, jnp.full(2, 0.5), 0.05)
+
+    start = after(after(state, good), good)
+    once = after(start, spoilt)
+    np.testing.assert_array_equal(once.log_lambda[..., 0], start.log_lambda[..., 0])
+    assert (once.log_lambda[..., 1] < start.log_lambda[..., 1]).all()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x[..., :2], y[..., :2]), once.audit, start.audit
+    )
+    assert (after(once, good).log_lambda < once.log_lambda).all()
+    assert np.isfinite(after(state, spoilt).log_lambda).all()
+
+
 def test_an_average_that_contradicts_the_audit_is_dropped():
     state = ResolutionState.of_grid(GRID, 1)
     for error in (0.1, 0.1, 1e-4):
