@@ -25,7 +25,7 @@ from dense_engine import attend
 from evaluate import CONTENDERS, at_places
 from library import levels_of as levels_of_plan
 from model import LanguageModel, Shape, exact_attention, losses
-from ours import OURS, of_levels
+from ours import BOUND, OURS, by_budget, of_levels
 from storage import load_held_out, load_weights, windows_of
 
 import jax_aat
@@ -111,16 +111,27 @@ def test_operations_of_levels_equal_those_the_engine_counts(operands: Operands) 
     assert float(spent) == pytest.approx(float(counted), rel=1e-5)
 
 
+@pytest.mark.parametrize("tile", [16, 32])
+def test_foresight_for_nothing_spends_its_budget_on_rows_alone(
+    tile: int, operands: Operands
+) -> None:
+    routing = dataclasses.replace(BOUND, tile=tile)
+    selection = jax.jit(partial(by_budget, routing=routing))(*operands, np.float32(0.0625))
+    assert selection.keep.shape[1] == SIZES.length // tile
+    _, of_rows = jax.jit(attend)(*operands, dataclasses.replace(selection, planning=0.0))
+    assert 0.99 * 0.0625 < float(of_rows) <= 0.0625001
+
+
 def test_the_nearest_granules_are_exact_at_any_price(operands: Operands) -> None:
     q, k, v = operands
     routing = router.Routing(floor=0.0, near=0.5)
     prediction = router.predict(q / 4, k, v, jnp.float32(0.25), routing)
     levels = router.choose_levels(prediction, jnp.float32(20.0))
-    tile = np.arange(levels.shape[1])[:, None] * router.TILE
+    tile = np.arange(levels.shape[1])[:, None] * routing.tile
     start = np.arange(levels.shape[2]) * router.GRANULE
     # An eighth of what is seen, rounded up.
-    before = -(-(tile + router.TILE) // (8 * router.GRANULE)) * router.GRANULE
-    near = (start >= tile - before) & (start < tile + router.TILE)
+    before = -(-(tile + routing.tile) // (8 * router.GRANULE)) * router.GRANULE
+    near = (start >= tile - before) & (start < tile + routing.tile)
     expected = np.broadcast_to(near, levels.shape)
     np.testing.assert_array_equal(np.asarray(levels) == router.EXACT, expected)
 
@@ -135,10 +146,10 @@ def test_foresight_knows_the_masses_of_granules(operands: Operands) -> None:
     logits = np.where(np.tri(length, dtype=bool)[:, None, None], logits, -np.inf)
     probability = np.asarray(jax.nn.softmax(logits))
     tiles, granules = prediction.coarse.shape
-    mass = probability.reshape(tiles, router.TILE, kv_heads, -1, granules, router.GRANULE).sum(-1)
+    mass = probability.reshape(tiles, routing.tile, kv_heads, -1, granules, router.GRANULE).sum(-1)
     importance = np.square(mass).mean((1, 3)).swapaxes(0, 1)
     for tile in (20, tiles - 1):
-        seen = (tile + 1) * router.TILE // router.GRANULE
+        seen = (tile + 1) * routing.tile // router.GRANULE
         # Of the tile's own two granules queries see a part, all of which counts as seen.
         earlier = np.argsort(-importance[:, tile, : seen - 2])[:, : seen // 16]
         forced = np.take_along_axis(np.asarray(prediction.forced[:, tile]), earlier, axis=1)
@@ -384,10 +395,18 @@ def test_losses_are_told_apart_by_their_place_in_a_tile() -> None:
 
 
 def test_tiles_are_of_as_many_positions_as_choose_together() -> None:
-    names = ("jax_aat", "jax_aat, tiles of 256", "MRA", "block top-k")
+    bound = "emulation, foresight for nothing"
+    names = (
+        "jax_aat",
+        "jax_aat, tiles of 256",
+        "MRA",
+        "block top-k",
+        bound,
+        f"{bound}, tiles of 16",
+    )
     sizes = [Sizes(length, heads=8, kv_heads=2, head_dim=64) for length in (2048, 8192)]
     found = [[CONTENDERS[name].tile(x) for name in names] for x in sizes]
-    assert found == [[16, 64, 32, 64], [32, 64, 32, 64]]
+    assert found == [[16, 64, 32, 64, 32, 16], [32, 64, 32, 64, 32, 16]]
 
 
 def test_intervals_draw_seeds_then_texts(rng: np.random.Generator) -> None:

@@ -31,13 +31,11 @@ from contenders import BASELINES, EXACT, Contender, Sizes
 from facts import surroundings
 from library import LIBRARY, SETTINGS
 from model import Shape, default_dtype, losses
-from ours import OURS, SHARED_LAMBDA, VARIANTS, calibrate
+from ours import OURS, SHARED, VARIANTS, calibrate
 from storage import load_held_out, load_weights, windows_of
 from tqdm import tqdm
 
-CONTENDERS = {
-    x.name: x for x in [EXACT, OURS, LIBRARY, *SETTINGS, SHARED_LAMBDA, *VARIANTS, *BASELINES]
-}
+CONTENDERS = {x.name: x for x in [EXACT, OURS, LIBRARY, *SETTINGS, *VARIANTS, *BASELINES]}
 MAIN = [LIBRARY.name, "block top-k", "MRA"]
 
 
@@ -88,7 +86,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     others = [name for name in CONTENDERS if name not in (*MAIN, *settings, "exact")]
     yield from (Job(length, "exact", 1.0, texts, False) for length, texts in counts.items())
     yield from block(MAIN, args.fractions[:2])
-    yield from block([OURS.name, SHARED_LAMBDA.name], args.fractions[:1])
+    yield from block([OURS.name, *SHARED], args.fractions[:1])
     yield from block(MAIN, args.fractions[2:])
     yield from block(settings, args.fractions)
     for fraction, length in itertools.product(args.fractions, args.lengths):
@@ -106,7 +104,7 @@ class Evaluator:
         self.params = [params for params, _ in loaded]
         self.shape: Shape = loaded[0][1]
         self.text = load_held_out(folder)
-        self.calibrations: dict[tuple[int, int, float], np.float32] = {}
+        self.calibrations: dict[tuple[str, int, int, float], np.float32] = {}
 
     def sizes(self, length: int) -> Sizes:
         """What costs at a length depend on."""
@@ -140,12 +138,13 @@ class Evaluator:
 
     def parameters(self, job: Job, index: int) -> Any:
         """The numbers of a contender; for a shared lambda, found on a text that no job reads."""
-        if job.name != SHARED_LAMBDA.name:
+        if job.name not in SHARED:
             return CONTENDERS[job.name].parameters(self.sizes(job.length), job.fraction)
-        case = (job.length, index, job.fraction)
+        case = (job.name, job.length, index, job.fraction)
         if case not in self.calibrations:
             params, window = self.params[index], self.text[-1][: job.length + 1]
-            self.calibrations[case] = calibrate(self.shape, params, window, job.fraction)
+            routing = SHARED[job.name]
+            self.calibrations[case] = calibrate(self.shape, params, window, job.fraction, routing)
         return np.float32(job.fraction), self.calibrations[case]
 
     def by_place(self, job: Job, losses: jax.Array) -> dict[str, jax.Array]:

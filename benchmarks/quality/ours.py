@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,13 @@ from router_emulation import (
     GRANULE,
     MEAN,
     SUPER,
+    SUPER_TILE,
     Routing,
     choose_levels,
     lambda_of_budget,
     moments,
     operations,
     predict,
-    super_tile,
 )
 
 Array = jax.Array
@@ -33,7 +34,9 @@ ALPHA, BETA = 0.6, 0.5
 _LARGEST_BIAS = 3.0
 
 
-def of_levels(query: Array, key: Array, value: Array, levels: Array, planning: Any) -> Selection:
+def of_levels(
+    query: Array, key: Array, value: Array, levels: Array, planning: Any, block: int = SUPER_TILE
+) -> Selection:
     """What attention sees under a map of levels.
 
     Args:
@@ -42,18 +45,20 @@ def of_levels(query: Array, key: Array, value: Array, levels: Array, planning: A
       value: As key.
       levels: [K, tiles, granules].
       planning: Operations of all but the rows that attention reads.
+      block: Keys of a super-tile; a shorter sequence is one.
     """
     length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     every = partial(jnp.repeat, repeats=heads // kv_heads, axis=0)
-    per_super = super_tile(length) // GRANULE
+    block = min(block, length)
+    per_super = block // GRANULE
     at_super = levels.reshape(kv_heads, levels.shape[1], -1, per_super) == SUPER
     mean_bias = jnp.where(levels == MEAN, math.log(GRANULE), -jnp.inf)
     super_bias = jnp.log(GRANULE * at_super.sum(-1).astype(jnp.float32))
     (key_mean, _), (value_mean, _) = moments(key, GRANULE), moments(value, GRANULE)
-    super_key, _ = moments(key, super_tile(length))
-    super_value, _ = moments(value, super_tile(length))
-    row_bias, tilt = state_correction(query / math.sqrt(head_dim), key, value)
+    super_key, _ = moments(key, block)
+    super_value, _ = moments(value, block)
+    row_bias, tilt = state_correction(query / math.sqrt(head_dim), key, value, block)
     return Selection(
         planning,
         every(levels == EXACT),
@@ -66,20 +71,21 @@ def of_levels(query: Array, key: Array, value: Array, levels: Array, planning: A
     )
 
 
-def state_correction(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+def state_correction(query: Array, key: Array, value: Array, block: int) -> tuple[Array, Array]:
     """What the state of the earlier super-tiles adds to coarse rows.
 
     Args:
       query: [T, N, H], scaled.
       key: [T, K, H].
       value: As key.
+      block: Keys of a super-tile.
 
     Returns:
       Additions to the logits of the rows of levels 1 and 2, [T, N, 2], and to the output a unit of
       their shares, [T, N, 2, H].
     """
     length, heads, head_dim = query.shape
-    block, kv_heads = super_tile(length), key.shape[1]
+    kv_heads = key.shape[1]
     _, granule_variance = moments(key, GRANULE)
     granule_variance = granule_variance.reshape(-1, block // GRANULE, kv_heads, head_dim).mean(1)
     key_mean, variance = moments(key, block)
@@ -115,20 +121,24 @@ def by_budget(
     length, heads, head_dim = query.shape
     allowed = fraction * dense_operations(heads, length, head_dim)
     levels = choose_levels(prediction, lambda_of_budget(prediction, allowed, query.shape))
-    return of_levels(query, key, value, levels, prediction.operations)
+    return of_levels(query, key, value, levels, prediction.operations, routing.super_tile)
 
 
-def by_threshold(query: Array, key: Array, value: Array, parameters: Any) -> Selection:
+def by_threshold(
+    query: Array, key: Array, value: Array, parameters: Any, *, routing: Routing
+) -> Selection:
     """A lambda given from outside, the same in every layer: layers that need more spend more."""
     fraction, log_lambda = parameters
     prediction = predict(
-        *map(jax.lax.stop_gradient, (_scaled(query), key, value)), fraction, Routing()
+        *map(jax.lax.stop_gradient, (_scaled(query), key, value)), fraction, routing
     )
     levels = choose_levels(prediction, log_lambda)
-    return of_levels(query, key, value, levels, prediction.operations)
+    return of_levels(query, key, value, levels, prediction.operations, routing.super_tile)
 
 
-def calibrate(shape: Shape, params: Any, window: np.ndarray, fraction: float) -> np.float32:
+def calibrate(
+    shape: Shape, params: Any, window: np.ndarray, fraction: float, routing: Routing
+) -> np.float32:
     """The log lambda with which all layers together spend a fraction on a text [T + 1].
 
     The levels of many lambdas are counted along the layers of exact attention.
@@ -136,7 +146,7 @@ def calibrate(shape: Shape, params: Any, window: np.ndarray, fraction: float) ->
     candidates = np.linspace(-30.0, 5.0, 71, dtype=np.float32)
 
     def layer(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        prediction = predict(_scaled(q[0]), k[0], v[0], jnp.float32(fraction), Routing())
+        prediction = predict(_scaled(q[0]), k[0], v[0], jnp.float32(fraction), routing)
 
         def spent(log_lambda: Array) -> Array:
             levels = choose_levels(prediction, log_lambda)
@@ -159,23 +169,39 @@ def _fraction(sizes: Sizes, fraction: float) -> np.float32:
     return np.float32(fraction)
 
 
+def _not_calibrated(sizes: Sizes, fraction: float) -> tuple[np.float32, np.float32]:
+    return np.float32(fraction), np.float32(0)
+
+
 def contender(name: str, routing: Routing) -> Contender:
     """Adaptive attention with a budget for every layer."""
-    return Contender(name, _fraction, selecting(partial(by_budget, routing=routing)))
+    attend = selecting(partial(by_budget, routing=routing))
+    return Contender(name, _fraction, attend, tile=lambda _: routing.tile)
+
+
+def shared(name: str, routing: Routing) -> Contender:
+    """Adaptive attention with one lambda for all layers, which `calibrate` finds."""
+    attend = selecting(partial(by_threshold, routing=routing))
+    return Contender(name, _not_calibrated, attend, tile=lambda _: routing.tile)
 
 
 OURS = contender("emulation", Routing())
-SHARED_LAMBDA = Contender(
-    "emulation, shared lambda",
-    lambda sizes, fraction: (np.float32(fraction), np.float32(0)),
-    selecting(by_threshold),
-)
+BOUND = Routing(floor=0.0, near=0.0, foresight=True, free=True, tile=16, super_tile=256)
+"""With the library's sizes up to 4,096 keys; what is forced would take all of a small budget."""
+SHARED = {
+    "emulation, shared lambda": Routing(),
+    "emulation, foresight for nothing, shared lambda": BOUND,
+}
+"""Routings with one lambda for all layers."""
 VARIANTS = [
+    *(shared(name, routing) for name, routing in SHARED.items()),
     contender("emulation, levels 0 and 1", Routing(highest=MEAN)),
     contender("emulation, one stage", Routing(refine=0.0)),
     contender("emulation, not near", Routing(near=0.0)),
     contender("emulation, pairs of queries", Routing(fine_queries=2)),
     contender("emulation, every query", Routing(fine_queries=1, refine=1.25)),
     contender("emulation, foresight", Routing(foresight=True)),
+    contender("emulation, foresight for nothing", replace(BOUND, tile=32)),
+    contender("emulation, foresight for nothing, tiles of 16", BOUND),
 ]
-"""Other choices than the library's; the last is a bound."""
+"""Other choices than the library's; those with foresight are bounds."""

@@ -1,10 +1,10 @@
 """The router of adaptive attention written a second time, densely, straight from its definition.
 
 It decides which granule of 16 keys a tile of queries sees exactly (level 0), as its mean row
-(level 1), inside the mean row of its super-tile of 1,024 keys (level 2) or not at all (level 3:
-the future). It shares no code with `jax_aat`: it checks that library's plans and, being dense,
-evaluates their quality fast on any device. Queries [T, N, H] are scaled already, keys and values
-are [T, K, H], attention is causal; a tile is 32 positions of the query heads of a key/value head.
+(level 1), inside the mean row of its super-tile (level 2) or not at all (level 3: the future). It
+shares no code with `jax_aat`: it checks that library's plans and, being dense, evaluates their
+quality fast on any device. Queries [T, N, H] are scaled already, keys and values are [T, K, H],
+attention is causal; a tile is a run of positions of the query heads of a key/value head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-GRANULE, SUPER_TILE, TILE, SUB_QUERY, FINE = 16, 1024, 32, 16, 4
+GRANULE, SUPER_TILE, SUB_QUERY, FINE = 16, 1024, 16, 4
 EXACT, MEAN, SUPER, HIDDEN = range(4)
 COSTS = (GRANULE, 1.0, 0.0)
 """Rows that a query reads of a granule at levels 0, 1 and 2."""
@@ -40,6 +40,10 @@ class Routing:
       fine_queries: So many queries stage 2 knows by their mean.
       foresight: Judge everything by the logits of every query and key. What that costs is not
         counted: it says how much any way to judge could gain.
+      free: Count only the rows that are read: planning, means and the state cost nothing. It says
+        how much cheaper ways to do that could gain.
+      tile: Positions whose queries choose together, a multiple of `SUB_QUERY`.
+      super_tile: Keys of a super-tile; a shorter sequence is one.
     """
 
     highest: int = 2
@@ -48,12 +52,15 @@ class Routing:
     near: float = 0.125
     fine_queries: int = FINE
     foresight: bool = False
+    free: bool = False
+    tile: int = 32
+    super_tile: int = SUPER_TILE
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["mean", "super_mean", "coarse", "super_coarse", "forced", "operations"],
-    meta_fields=[],
+    meta_fields=["per_super"],
 )
 @dataclass(frozen=True)
 class Prediction:
@@ -67,6 +74,7 @@ class Prediction:
         holds all of them.
       forced: Exact whatever lambda says, [K, tiles, granules].
       operations: Floating-point operations of the prediction and of the state's correction.
+      per_super: Granules of a super-tile.
     """
 
     mean: Array
@@ -75,6 +83,7 @@ class Prediction:
     super_coarse: Array
     forced: Array
     operations: Array
+    per_super: int
 
 
 def moments(x: Array, block: int) -> tuple[Array, Array]:
@@ -84,30 +93,26 @@ def moments(x: Array, block: int) -> tuple[Array, Array]:
     return mean, ((blocks - mean[:, None]) ** 2).mean(1)
 
 
-def super_tile(length: int) -> int:
-    """Keys of a super-tile; a shorter sequence is one."""
-    return min(SUPER_TILE, length)
-
-
 def predict(
     query: Array, key: Array, value: Array, fraction: Array, routing: Routing
 ) -> Prediction:
     """Predicts what every level of every granule would cost in accuracy."""
     length, heads, head_dim = query.shape
-    tiles, granules, kv_heads = length // TILE, length // GRANULE, key.shape[1]
-    per_super = super_tile(length) // GRANULE
+    tiles, granules, kv_heads = length // routing.tile, length // GRANULE, key.shape[1]
+    block = min(routing.super_tile, length)
+    per_super = block // GRANULE
     fine_queries, fine_keys = (1, 1) if routing.foresight else (routing.fine_queries, FINE)
     key_mean, key_variance = moments(key, GRANULE)
     fine_mean, fine_variance = moments(key, fine_keys)
     value_mean, value_variance = moments(value, GRANULE)
     scatter = value_variance.sum(-1).T  # [K, granules]
-    super_key, _ = moments(key, super_tile(length))
-    super_value, _ = moments(value, super_tile(length))
+    super_key, _ = moments(key, block)
+    super_value, _ = moments(value, block)
     apart = ((value_mean - jnp.repeat(super_value, per_super, 0)) ** 2).sum(-1).T
     size = (value.astype(jnp.float32) ** 2).sum(-1).mean(0)[:, None]  # [K, 1]
 
     # Positions of a tile as sub-queries of 16, these as finer ones.
-    parts, fines = TILE // SUB_QUERY, SUB_QUERY // fine_queries
+    parts, fines = routing.tile // SUB_QUERY, SUB_QUERY // fine_queries
     query = query.astype(jnp.float32)
     shape = (tiles, parts, fines, fine_queries, kv_heads, heads // kv_heads, head_dim)
     fine_first, fine_second = query.reshape(shape).mean(3), (query**2).reshape(shape).mean(3)
@@ -143,14 +148,14 @@ def predict(
         super_mean = (square * jnp.expm1(spread)).mean((1, 2))
         forced = _best(importance, jnp.ceil(routing.floor * fraction * seen))
         before = jnp.ceil(routing.near * fraction * seen)
-        forced = (forced | (starts >= tile * TILE - before * GRANULE)) & visible
+        forced = (forced | (starts >= tile * routing.tile - before * GRANULE)) & visible
         return mean * scatter / size, super_mean * (scatter + apart) / size, forced
 
     mean, super_mean, forced = (
         x.swapaxes(0, 1)
         for x in jax.lax.map(of_tile, jnp.arange(tiles), batch_size=min(_TILES_AT_ONCE, tiles))
     )
-    begins = jnp.arange(tiles)[:, None] * TILE
+    begins = jnp.arange(tiles)[:, None] * routing.tile
     index = jnp.arange(granules)
     coarse = (index + 1) * GRANULE <= begins
     super_coarse = (index // per_super + 1) * per_super * GRANULE <= begins
@@ -161,6 +166,7 @@ def predict(
         super_coarse & (routing.highest >= SUPER),
         forced,
         jnp.asarray(planning_operations(query.shape, kv_heads, fraction, routing)),
+        per_super,
     )
 
 
@@ -172,17 +178,15 @@ def choose_levels(prediction: Prediction, log_lambda: Array) -> Array:
     super_mean = jnp.where(prediction.super_coarse, prediction.super_mean, jnp.inf)
     levels = jnp.where(mean <= super_mean, MEAN, SUPER)
     levels = jnp.where((exact <= jnp.minimum(mean, super_mean)) | prediction.forced, EXACT, levels)
-    granules = prediction.coarse.shape[1]
-    begins = jnp.arange(prediction.coarse.shape[0])[:, None] * TILE
-    future = jnp.arange(granules) * GRANULE >= begins + TILE
+    tiles, granules = prediction.coarse.shape
+    ends = (jnp.arange(tiles)[:, None] + 1) * (granules * GRANULE // tiles)
+    future = jnp.arange(granules) * GRANULE >= ends
     return jnp.where(future, HIDDEN, levels)
 
 
-def rows_read(levels: Array) -> Array:
+def rows_read(levels: Array, per_super: int) -> Array:
     """Rows that one query of a tile reads, summed over tiles and heads of keys and values."""
-    kv_heads, tiles, granules = levels.shape
-    per_super = super_tile(granules * GRANULE) // GRANULE
-    blocks = levels.reshape(kv_heads, tiles, -1, per_super)
+    blocks = levels.reshape(*levels.shape[:2], -1, per_super)
     exact = (levels == EXACT).sum().astype(jnp.float32) * GRANULE
     return exact + (levels == MEAN).sum() + (blocks == SUPER).any(-1).sum()
 
@@ -190,9 +194,10 @@ def rows_read(levels: Array) -> Array:
 def operations(prediction: Prediction, levels: Array, query_shape: tuple[int, ...]) -> Array:
     """Floating-point operations of attention under a map of levels, prediction included."""
     length, heads, head_dim = query_shape
-    group = heads // levels.shape[0]
-    hidden = heads * length * (TILE - 1) / 2  # keys of a tile's own granules that are not seen
-    return 4 * head_dim * (TILE * group * rows_read(levels) - hidden) + prediction.operations
+    group, tile = heads // levels.shape[0], length // levels.shape[1]
+    hidden = heads * length * (tile - 1) / 2  # keys of a tile's own granules that are not seen
+    rows = tile * group * rows_read(levels, prediction.per_super)
+    return 4 * head_dim * (rows - hidden) + prediction.operations
 
 
 def lambda_of_budget(prediction: Prediction, allowed: Array, query_shape: tuple[int, ...]) -> Array:
@@ -218,13 +223,15 @@ def planning_operations(
     query_shape: tuple[int, ...], kv_heads: int, fraction: Array | float, routing: Routing
 ) -> Array | float:
     """Operations of summaries, of both stages and of the state."""
+    if routing.free:
+        return 0.0
     length, heads, head_dim = query_shape
-    group, tiles = heads // kv_heads, length // TILE
+    group, tiles = heads // kv_heads, length // routing.tile
     pairs = kv_heads * tiles * (length / 2) / GRANULE  # of a tile and a granule that it sees
-    coarse = pairs * (TILE // SUB_QUERY) * group * 2
-    supers = pairs * GRANULE / super_tile(length) * (TILE // SUB_QUERY) * group
+    coarse = pairs * (routing.tile // SUB_QUERY) * group * 2
+    supers = pairs * GRANULE / min(routing.super_tile, length) * (routing.tile // SUB_QUERY) * group
     refined = pairs * routing.refine * fraction
-    fine = refined * (TILE // routing.fine_queries) * group * (GRANULE // FINE) * 2
+    fine = refined * (routing.tile // routing.fine_queries) * group * (GRANULE // FINE) * 2
     means = 8.0 * length * (heads + 2 * kv_heads) * head_dim
     state = 2.0 * length * head_dim * (kv_heads * head_dim + heads * (head_dim + 2))
     return 2 * head_dim * (coarse + supers + fine) + means + state
