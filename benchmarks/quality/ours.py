@@ -186,8 +186,10 @@ def shared(name: str, routing: Routing) -> Contender:
 
 
 OURS = contender("emulation", Routing())
-BOUND = Routing(floor=0.0, near=0.0, foresight=True, free=True, tile=16, super_tile=256)
-"""With the library's sizes up to 4,096 keys; what is forced would take all of a small budget."""
+FREE = Routing(free=True, tile=16, super_tile=256)
+"""With the sizes that the library takes up to 4,096 keys."""
+BOUND = replace(FREE, foresight=True, floor=0.0, near=0.0)
+"""Nothing is forced, as that would take nearly all of a small budget."""
 SHARED = {
     "emulation, shared lambda": Routing(),
     "emulation, foresight for nothing, shared lambda": BOUND,
@@ -201,7 +203,8 @@ VARIANTS = [
     contender("emulation, pairs of queries", Routing(fine_queries=2)),
     contender("emulation, every query", Routing(fine_queries=1, refine=1.25)),
     contender("emulation, foresight", Routing(foresight=True)),
+    contender("emulation, for nothing, tiles of 16", FREE),
     contender("emulation, foresight for nothing", replace(BOUND, tile=32)),
     contender("emulation, foresight for nothing, tiles of 16", BOUND),
 ]
-"""Other choices than the library's; those with foresight are bounds."""
+"""Other choices than the library's; those with foresight or for nothing are bounds."""
