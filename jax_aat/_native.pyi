@@ -21,6 +21,7 @@ class Traits(TypedDict):
     coopmat_float16: bool
     coopmat_bfloat16: bool
     coopmat_layout_known: bool
+    coopmat_relays: bool
 
 class Device(TypedDict):
     """A Vulkan device; `missing` names what the runtime requires and the device lacks."""
@@ -248,3 +249,6 @@ def cache_path() -> str:
 
 def mark_device_lost() -> None:
     """Latches the default device as lost, as a driver's reset would. For tests."""
+
+def hide_matrix_layout(hide: bool) -> None:
+    """Whether later calls on the default device know no layout of matrices. For tests."""

@@ -277,9 +277,7 @@ def _hand_over(call: ProfiledCall) -> float:
 def _choices(profile: Profile) -> Iterator[Insight]:
     traits = profile.device.traits if profile.device is not None else {}
     portable = [call for call in profile.calls if call.path == "portable" and call.kernels]
-    matrices = traits.get("coopmat_layout_known") and [
-        dtype for dtype in ("bfloat16", "float16") if traits.get(f"coopmat_{dtype}")
-    ]
+    matrices = [dtype for dtype in ("bfloat16", "float16") if vulkan.has_matrices(traits, dtype)]
     if not matrices:
         return
     wide = [call for call in portable if call.dtype == "float32"]
@@ -292,16 +290,14 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             f"{' or '.join(matrices)} operands use them",
         )
     others = [call for call in portable if call.dtype in matrices and call.direction != "plan"]
-    # Tangents have no other kernels.
-    others = [call for call in others if call.direction != "tangent"]
     if others:
         yield Insight(
             "kernels",
             "portable",
             sum(call.seconds for call in others),
             f"{len(others)} calls, of {others[0].problem} and the like, run on portable kernels: "
-            "matrix kernels take a head_dim up to 128 that is a multiple of 8, and plans with a "
-            "query_tile of 64 or more",
+            "matrix kernels take a head_dim up to 256 (those of tangents 128) that is a multiple "
+            "of 8, and plans with a query_tile of 64 or more",
         )
 
 

@@ -92,7 +92,7 @@ def _measure(device: vulkan.Device) -> Ceilings:
     traits = vulkan.devices()[device.index].traits
     flops = dict.fromkeys(vulkan.DTYPES, measured["products"])
     for dtype in ("float16", "bfloat16"):
-        if traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]:
+        if vulkan.has_matrices(traits, dtype):
             flops[dtype] = measured[f"{dtype}_matrices"]
     return Ceilings(device.name, MappingProxyType(flops), measured["bandwidth"])
 

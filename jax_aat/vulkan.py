@@ -108,6 +108,13 @@ class Dispatch:
         return f"{self.direction} by Vulkan on {self.device}, {self.path} kernels: {kernels}"
 
 
+def has_matrices(traits: Mapping[str, Any], dtype: str) -> bool:
+    """Whether kernels multiply matrices of a dtype on a device of these traits."""
+    if not (traits.get("coopmat_layout_known") or traits.get("coopmat_relays")):
+        return False
+    return bool(traits.get(f"coopmat_{dtype}"))
+
+
 def devices() -> tuple[Device, ...]:
     """Every Vulkan device, what it can do and what it lacks; empty without a Vulkan loader."""
     if _NO_NATIVE:

@@ -133,7 +133,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
   uint q_start = stage_start(step), dout_start = q_start + OPERAND_VECTORS;
   uint state_start = (step & 1) * BLOCK_ROWS;
   [[unroll]] for (uint g = 0; g < BLOCK_GRANULES; ++g) {
-    if (g == BLOCK_GRANULES / 2) continue_step(walk, step);
+    if (g > 0 && g == BLOCK_GRANULES / 2) continue_step(walk, step);
     // P and dv first, then dS and dk: fewer registers are alive than with both at once.
     Accumulator s[ROW_TILES], slope[ROW_TILES];
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = Accumulator(0.0);
@@ -146,6 +146,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) s[t] = coopMatMulAdd(k[t][d], q, s[t]);
     }
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) to_known(s[t]);
     Right dout_ahead[AHEAD], dout_columns_ahead[AHEAD], q_ahead[AHEAD];
     [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(dout_ahead[d], dout_start, g, d);
     if (mixed) {
@@ -182,6 +183,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       }
     }
     if (has(FEATURE_DV)) {
+      [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) to_own(p[t]);
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right dout;
         if (d < AHEAD) {
@@ -198,6 +200,8 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       load_columns(dout_columns_ahead[d], dout_start, g, d);
     }
     limit_overlap();
+    // In a block of one granule the second half begins here.
+    if (BLOCK_GRANULES == 1) continue_step(walk, step);
     if (!has(FEATURE_DK)) {
       load_next_queries(q_start, g);
       continue;
@@ -214,6 +218,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
       }
       [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) dp[t] = coopMatMulAdd(v[t][d], dout, dp[t]);
     }
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) to_known(dp[t]);
     [[unroll]] for (uint d = 0; d < AHEAD; ++d) load_rows(q_ahead[d], q_start, g, d);
     Left ds[ROW_TILES];
     uvec4 packed[ROW_TILES];
@@ -231,6 +236,7 @@ void attend_step(Walk walk, uint step, Step current, bool mixed) {
         if (STORES_GRADIENTS) packed[t][i / 2] = packed_gradients(gradient);
       }
     }
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) to_own(ds[t]);
     if (STORES_GRADIENTS) store_gradients(current, stored_granules[0][g], packed);
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       Right q;
@@ -329,10 +335,11 @@ void main() {
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     if (has(FEATURE_DK)) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        to_known(dk[t][d]);
         [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
           dk[t][d][i] = rounded(dk[t][d][i] * dk_factor);
         }
-        coopMatStore(Rounded(dk[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+        store_matrix(dk[t][d], exchange_start() + 2 * d);
       }
       barrier();
       View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_K : OPERAND_DK, tile.kv_head, 1);
@@ -341,10 +348,11 @@ void main() {
     }
     if (has(FEATURE_DV)) {
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+        to_known(dv[t][d]);
         [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
           dv[t][d][i] = rounded(dv[t][d][i] * gain);
         }
-        coopMatStore(Rounded(dv[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+        store_matrix(dv[t][d], exchange_start() + 2 * d);
       }
       barrier();
       View view = view_of(COARSE_TILE ? OPERAND_DCOARSE_V : OPERAND_DV, tile.kv_head, 1);

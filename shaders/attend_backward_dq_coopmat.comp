@@ -5,7 +5,7 @@
 // values pass through shared memory.
 #include "common/coopmat_coarse.glsl"
 
-const uint PART_GRANULES = 2;  // scored at once, in registers
+const uint PART_GRANULES = BLOCK_GRANULES < 2 ? 1 : 2;  // scored at once, in registers
 // Factors of dq loaded before the barrier in front of the products: 1 to 2% faster.
 const uint KEYS_AHEAD = DIM_TILES < 4 ? DIM_TILES : (HEAD_DIM <= 64 ? 4 : 3);
 
@@ -46,6 +46,12 @@ void attend_block(Walk walk, uint block, bool mixed) {
         [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
           dp[t][g] = coopMatMulAdd(dout[t][d], v, dp[t][g]);
         }
+      }
+    }
+    [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) {
+        to_known(s[t][g]);
+        to_known(dp[t][g]);
       }
     }
     // In a block of one part the second half begins here.
@@ -110,6 +116,7 @@ void attend_block(Walk walk, uint block, bool mixed) {
           ds[t][i] = pair.x;
           ds[t][i + 1] = pair.y;
         }
+        to_own(ds[t]);
       }
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right k;

@@ -33,9 +33,9 @@ uint query_granule(uint n) { return n * SUBGROUPS % TILE_GRANULES + gl_SubgroupI
 // work_lists.comp tells when it lists the one for the other.
 bool is_stored(uint query_granule, uint granule) {
   uint position = tile.first_position + query_granule * GRANULE_POSITIONS;
-  uint key = granule / GRADIENT_TILE_ROWS * GRADIENT_TILE_ROWS;
+  uint key = granule / TILE_ROWS * TILE_ROWS;  // tiles of keys have as many rows
   uvec2 positions = uvec2(position, min(position + GRANULE_POSITIONS, PARAMS.queries));
-  uvec2 keys = uvec2(key, min(key + GRADIENT_TILE_ROWS, PARAMS.keys));
+  uvec2 keys = uvec2(key, min(key + TILE_ROWS, PARAMS.keys));
   return granule != NO_GRANULE && classify_positions(positions, keys) != TILE_HIDDEN;
 }
 
@@ -104,9 +104,12 @@ void main() {
   set_visibility(tile.first_head);
   gradients = gradients_of(tile.kv_head);
   uint chunk = tile.first_head % (PARAMS.query_heads / PARAMS.kv_heads) / TILE_HEADS;
-  uint number = chunk * gradient_tiles(PARAMS.queries * TILE_HEADS) +
-                tile.first_position / TILE_POSITIONS;
-  first_vector = number * gradient_tile_vectors() + gl_SubgroupInvocationID;
+  uint row = tile.first_position * TILE_HEADS;
+  uint number =
+      chunk * gradient_tiles(PARAMS.queries * TILE_HEADS) + row / GRADIENT_TILE_ROWS;
+  first_vector = number * gradient_tile_vectors() +
+                 row % GRADIENT_TILE_ROWS / GRANULE_ROWS * MATRIX_VECTORS +
+                 gl_SubgroupInvocationID;
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) dq[t][d] = Accumulator(0.0);
   }

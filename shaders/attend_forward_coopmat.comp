@@ -47,7 +47,7 @@ Left q[ROW_TILES][DIM_TILES];
 Accumulator o[ROW_TILES][DIM_TILES];
 float reference[ROWS], sum[ROWS];
 vec2 level_sum[ROWS];  // of coarse rows
-uvec2 row_counts[ROWS];  // exact and coarse rows multiplied with, in the lane's columns
+uvec2 row_counts;  // exact and coarse rows multiplied with, in the lane's columns
 float shared_reference;
 Right keys_ahead[KEYS_AHEAD];
 shared uint failed;
@@ -67,6 +67,9 @@ void follow_maxima(Accumulator s[ROW_TILES][PART_GRANULES], bool coarse) {
     grown = grown || top[r] * to_log2 > reference[r] + SLACK;
   }
   if (!subgroupAny(grown)) return;
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) to_known(o[t][d]);
+  }
   [[unroll]] for (uint r = 0; r < ROWS; ++r) {
     float next = max(reference[r], quad_max(top[r]) * to_log2);
     float shrink = exp2(reference[r] - next);
@@ -78,6 +81,9 @@ void follow_maxima(Accumulator s[ROW_TILES][PART_GRANULES], bool coarse) {
         o[r / LANE_ROWS][d][r % LANE_ROWS * LANE_COLUMNS + c] *= shrink;
       }
     }
+  }
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) to_own(o[t][d]);
   }
 }
 
@@ -108,6 +114,9 @@ void score(out Accumulator s[ROW_TILES][PART_GRANULES], uint keys_start, uint pa
       }
     }
   }
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint g = 0; g < PART_GRANULES; ++g) to_known(s[t][g]);
+  }
 }
 
 void count_rows(Walk walk, uint block, uint part, CoarseColumns columns[PART_GRANULES]) {
@@ -125,7 +134,7 @@ void count_rows(Walk walk, uint block, uint part, CoarseColumns columns[PART_GRA
       }
     }
   }
-  [[unroll]] for (uint r = 0; r < ROWS; ++r) row_counts[r] += found;
+  row_counts += found;
 }
 
 // `mixed` is known at compile time: full blocks need no branch.
@@ -133,9 +142,11 @@ void attend_block(Walk walk, uint block, bool mixed) {
   begin_step(walk);
   uint keys_start = stage_start(block), values_start = keys_start + OPERAND_VECTORS;
   [[unroll]] for (uint part = 0; part < BLOCK_GRANULES; part += PART_GRANULES) {
-    if (is_halfway(part, PART_GRANULES)) continue_step(walk, block);
+    if (part > 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
     Accumulator s[ROW_TILES][PART_GRANULES];
     score(s, keys_start, part);
+    // In a block of one part the second half begins here.
+    if (part == 0 && is_halfway(part, PART_GRANULES)) continue_step(walk, block);
     Right values_ahead[VALUES_AHEAD];
     [[unroll]] for (uint d = 0; d < VALUES_AHEAD; ++d) {
       load_values(values_ahead[d], values_start, part, d);
@@ -194,6 +205,7 @@ void attend_block(Walk walk, uint block, bool mixed) {
           p[t][i] = pair.x;
           p[t][i + 1] = pair.y;
         }
+        to_own(p[t]);
       }
       [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
         Right v;
@@ -319,6 +331,7 @@ void correct(vec2 shares[ROWS]) {
       }
     }
     [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+      to_known(sums[t]);
       [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
         // Rows that see nothing have no weight; what they hold may be anything.
         float own = weight[t * LANE_ROWS + i / LANE_COLUMNS];
@@ -334,7 +347,7 @@ void store_results() {
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
       [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) o[t][d][i] = rounded(o[t][d][i]);
-      coopMatStore(Rounded(o[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+      store_matrix(o[t][d], exchange_start() + 2 * d);
     }
     barrier();
     exchange_out(view, tile, t);
@@ -345,7 +358,7 @@ void store_results() {
 // Of row r of those that a lane holds elements of.
 void store_row_counts(uint r) {
   uint row = held_row(r), position = tile.first_position + row / TILE_HEADS;
-  uvec2 all = row_counts[r];
+  uvec2 all = row_counts;
   [[unroll]] for (uint mask = 1; mask < 4; mask <<= 1) all += subgroupShuffleXor(all, mask);
   if (position >= PARAMS.queries || gl_SubgroupInvocationID % 4 != 0) return;
   View view = view_of(OPERAND_ROW_COUNTS, tile.first_head, 2);
@@ -372,8 +385,8 @@ void attend_tile() {
   [[unroll]] for (uint r = 0; r < ROWS; ++r) {
     reference[r] = LOWEST;
     sum[r] = 0.0;
-    row_counts[r] = uvec2(0);
   }
+  row_counts = uvec2(0);
 
   Walk walk = start_walk(tile);
   if (!CAREFUL) guess_references();
@@ -387,6 +400,9 @@ void attend_tile() {
     coarse_blocks = coarse.blocks;
     if (!CAREFUL && walk.blocks == 0) guess_references();
     for (block = 0; block < coarse_blocks; ++block) attend_block(coarse, block, true);
+  }
+  [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
+    [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) to_known(o[t][d]);
   }
   if (!CAREFUL && walk.blocks + coarse_blocks > 0) {
     limit_overlap();  // without it the loops lose 5%

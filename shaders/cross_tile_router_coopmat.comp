@@ -6,7 +6,7 @@
 #define KEYS_IN_HALVES true
 // What is known to be nobody else's need not go past the first cache.
 #define SHARED_IN_WORKGROUP
-#include "common/coopmat_types.glsl"
+#include "common/coopmat_layout.glsl"
 #include "common/router.glsl"
 
 #define HalfLeft coopmat<float16_t, gl_ScopeSubgroup, 16, 16, gl_MatrixUseA>
@@ -93,6 +93,7 @@ void multiply(uint kind, out float products[LANE_ELEMENTS]) {
     coopMatLoad(rows, staged, staged_start() + kind * (QUADS / 2) + 2 * d, PITCH, COLUMN_MAJOR);
     sum = coopMatMulAdd(factors[kind][d], rows, sum);
   }
+  to_known(sum);
   [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) products[i] = sum[i];
 }
 

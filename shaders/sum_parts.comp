@@ -6,6 +6,7 @@
 const uint QUADS = (HEAD_DIM + 3) / 4;
 
 void add_parts(uint slot, uint head, uint row, uint quad) {
+  if (list_parts(row) == 1) return;
   View sums = view_of(slot, head, LOG2_BYTES);
   uint start = row_start(sums, row, 0);
   vec4 total = vec4(0);

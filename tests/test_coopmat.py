@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import test_adaptive_vulkan
 from oracle import Attention, relative_error
-from test_kernels import TOLERANCE, backward, forward, make, normal
+from test_kernels import TOLERANCE, backward, forward, make, normal, tangent
 
-from jax_aat import Adaptation, plan_tiles, tiled_attention, tuning, vulkan
+from jax_aat import Adaptation, _native, plan_tiles, tiled_attention, tuning, vulkan
 from jax_aat.problem import Slot
 
-# Several tiles of 128 rows and blocks of 64, cut by the ends of the sequences.
+# Several tiles of 128 rows (64 where heads are wider than 128) and blocks of 64, cut by the ends of
+# the sequences.
 CASES = {
     "full": dict(queries=256, keys=256),
     "ragged": dict(queries=300, keys=203),
@@ -40,6 +41,19 @@ CASES = {
     "wide_segments": dict(head_dim=128, queries=200, keys=200, segments=True, causal=True),
     "wide_bias": dict(head_dim=128, queries=140, keys=200, bias=(1, 2, 140, 200), causal=True),
     "wide_soft_cap": dict(head_dim=128, queries=140, keys=200, soft_cap=1.5, scale=1.0),
+    "head_dim_136": dict(head_dim=136, queries=140, keys=140, causal=True),
+    "head_dim_200": dict(head_dim=200, queries=140, keys=203, heads=6, kv_heads=2),
+    "head_dim_256": dict(head_dim=256, queries=200, keys=200, causal=True),
+    "widest_groups_of_8": dict(
+        head_dim=256, queries=100, keys=200, heads=8, kv_heads=1, window=(30, 20)
+    ),
+    "widest_one_query": dict(head_dim=256, queries=1, keys=300),
+    "widest_lengths": dict(
+        head_dim=256, queries=150, keys=150, q_lengths=[100, 0], kv_lengths=[40, 150]
+    ),
+    "widest_segments": dict(head_dim=256, queries=150, keys=150, segments=True, causal=True),
+    "widest_bias": dict(head_dim=256, queries=100, keys=140, bias=(1, 2, 100, 140), causal=True),
+    "widest_soft_cap": dict(head_dim=256, queries=100, keys=140, soft_cap=1.5, scale=1.0),
     "negative_scale": dict(queries=140, keys=140, scale=-0.2),
     "lengths": dict(queries=200, keys=200, q_lengths=[150, 0], kv_lengths=[40, 200]),
     "segments": dict(queries=200, keys=200, segments=True, causal=True),
@@ -62,9 +76,8 @@ def kernels_after(results):
 
 
 def require_matrices(dtype):
-    traits = vulkan.default_device().traits
-    if not (traits[f"coopmat_{dtype}"] and traits["coopmat_layout_known"]):
-        pytest.skip(f"the device has no cooperative matrices of {dtype} in the known layout")
+    if not vulkan.has_matrices(vulkan.default_device().traits, dtype):
+        pytest.skip(f"the device has no cooperative matrices of {dtype}")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -91,11 +104,44 @@ def test_passes(name, dtype):
         assert relative_error(gradients[slot], reference) <= derivative_tolerance, slot
 
 
+NOT_WIDE = [name for name, case in CASES.items() if case.get("head_dim", 64) <= 128]
+
+
+def assert_tangents_are_right(problem, slots):
+    expected = Attention(problem)
+    out, logsumexp = forward(problem)
+    like = {Slot.DQ: problem.q, Slot.DK: problem.k, Slot.DV: problem.v, Slot.DBIAS: problem.bias}
+    along = {slot: normal(slot, like[slot]) for slot in slots}
+    found = tangent(problem, out, logsumexp, along)
+    ran = vulkan.last_dispatch().kernels
+    assert any(kernel.startswith("attend_tangent_coopmat") for kernel in ran)
+    references = expected.tangent(**{slot.name.lower(): x for slot, x in along.items()})
+    for x, reference in zip(found, references, strict=True):
+        assert relative_error(x, reference) <= TOLERANCE[problem.q.dtype.name][1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", NOT_WIDE)
+def test_tangents(name, dtype):
+    require_matrices(dtype)
+    problem = make(**{"head_dim": 64, "dtype": dtype} | CASES[name])
+    slots = [Slot.DQ, Slot.DK, Slot.DV] + [Slot.DBIAS] * (problem.bias is not None)
+    assert_tangents_are_right(problem, slots)
+
+
+@pytest.mark.parametrize("given", [Slot.DQ, Slot.DK, Slot.DV, Slot.DBIAS])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_tangent_alone(head_dim, given):
+    require_matrices("bfloat16")
+    sizes = dict(queries=150, keys=150, heads=4, kv_heads=2, bias=(1, 4, 150, 150))
+    assert_tangents_are_right(make(dtype="bfloat16", head_dim=head_dim, **sizes), [given])
+
+
 @contextmanager
 def other_shapes(dtype, head_dim, *, planned):
     """Kernels run in the last shape that a tuning may choose."""
     device = vulkan.default_device()
-    names = ("forward", "backward_dq", "backward_dkv")
+    names = ("forward", "tangent", "backward_dq", "backward_dkv")
     kernels = [tuning.Kernel(name, dtype, head_dim, planned) for name in names]
     shapes = {kernel: tuning.shapes_of(device, kernel) for kernel in kernels}
     assert all(len(fitting) > 1 for fitting in shapes.values())
@@ -116,6 +162,61 @@ def test_passes_in_other_shapes(name, dtype):
     require_matrices(dtype)
     with other_shapes(dtype, CASES[name].get("head_dim", 64), planned=False):
         test_passes(name, dtype)
+        test_tangents(name, dtype)
+
+
+@pytest.fixture
+def unknown_layout():
+    """Kernels look at elements of matrices through shared memory."""
+    _native.hide_matrix_layout(True)
+    traits = vulkan.default_device().traits
+    assert not traits["coopmat_layout_known"]
+    yield
+    _native.hide_matrix_layout(False)
+    assert vulkan.default_device().traits == {**traits, **KNOWN}
+
+
+KNOWN = {"coopmat_layout_known": True, "coopmat_relays": False}
+UNKNOWN_LAYOUT = [
+    "ragged",
+    "groups_of_3",
+    "one_query",
+    "head_dim_40",
+    "head_dim_128",
+    "wide_segments",
+    "wide_bias",
+    "head_dim_256",
+    "widest_lengths",
+    "soft_cap",
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", UNKNOWN_LAYOUT)
+def test_passes_where_no_layout_is_known(name, dtype, request):
+    require_matrices(dtype)
+    request.getfixturevalue("unknown_layout")
+    test_passes(name, dtype)
+    if name in NOT_WIDE:
+        test_tangents(name, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_plans_where_no_layout_is_known(head_dim, rng, request):
+    require_matrices("bfloat16")
+    request.getfixturevalue("unknown_layout")
+    test_plans(128, head_dim, rng)
+    test_correction(head_dim, 4, {"is_causal": True}, rng)
+    test_tangents_of_plans(128, head_dim, "all", rng)
+    test_plan_of_few_queries(head_dim, rng)
+
+
+@pytest.mark.parametrize("scores", ["growing", "far_apart"])
+def test_careful_pass_where_no_layout_is_known(scores, request):
+    require_matrices("bfloat16")
+    request.getfixturevalue("unknown_layout")
+    for sizes in ((300, 320), (5, 1100)):
+        test_weights_out_of_the_range_of_the_fast_pass(sizes, globals()[scores], "bfloat16", 64)
 
 
 @pytest.mark.parametrize("wanted", [Slot.DQ, Slot.DK, Slot.DV])
@@ -134,7 +235,7 @@ def operand(rng, heads, head_dim):
     return comparison.normal(rng, 2, 700, heads, head_dim).astype("bfloat16")
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("query_tile", [64, 128, 256])
 def test_plans(query_tile, head_dim, rng):
     require_matrices("bfloat16")
@@ -160,6 +261,35 @@ def test_plans(query_tile, head_dim, rng):
         assert relative_error(x, reference) <= tolerance
 
 
+@pytest.mark.parametrize("moving", ["query", "key", "value", "all"])
+@pytest.mark.parametrize(("query_tile", "head_dim"), [(64, 40), (128, 64), (256, 64), (128, 128)])
+def test_tangents_of_plans(query_tile, head_dim, moving, rng):
+    require_matrices("bfloat16")
+    operands = [operand(rng, heads, head_dim) for heads in (8, 2, 2)]
+    tangents = [operand(rng, heads, head_dim) for heads in (8, 2, 2)]
+    along = [i for i, name in enumerate(["query", "key", "value"]) if moving in (name, "all")]
+    adaptation = Adaptation(budget=0.5, query_tile=query_tile)
+    plan = plan_tiles(*operands, adaptation, is_causal=True, implementation="xla")
+
+    def run(implementation, dtype):
+        attention = partial(
+            tiled_attention, implementation=implementation, is_causal=True, plan=plan
+        )
+        given = [[x.astype(dtype) for x in xs] for xs in (operands, tangents)]
+
+        def of_moving(*xs):
+            every = list(given[0])
+            for i, x in zip(along, xs, strict=True):
+                every[i] = x
+            return attention(*every)
+
+        return jax.jvp(of_moving, *([xs[i] for i in along] for xs in given))[1]
+
+    found = run("vulkan", "bfloat16")
+    assert "attend_tangent_coopmat.bf16" in kernels_after(found)
+    assert relative_error(found, run("xla", "float32")) <= TOLERANCE["bfloat16"][1]
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", test_adaptive_vulkan.COUNTED)
 def test_rows_in_lists_are_the_rows_multiplied(rng, name, head_dim):
@@ -170,7 +300,7 @@ def test_rows_in_lists_are_the_rows_multiplied(rng, name, head_dim):
     assert "attend_forward_coopmat.bf16" in vulkan.last_dispatch().kernels
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_plan_of_few_queries(head_dim, rng):
     """Workgroups share the list of a tile."""
     require_matrices("bfloat16")
@@ -244,7 +374,7 @@ def far_apart(problem):
     return np.abs(q) * sizes, -np.abs(k)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("scores", [growing, far_apart])
 @pytest.mark.parametrize("sizes", [(300, 320), (5, 1100)], ids=["tiles", "parts of lists"])

@@ -31,6 +31,8 @@ struct DeviceTraits {
   bool coopmat_bfloat16 = false;
   // The accumulator's element layout was probed and is the one the coopmat kernels assume.
   bool coopmat_layout_known = false;
+  // It is another one, and elements that pass through shared memory were found where they belong.
+  bool coopmat_relays = false;
   // Shapes that a measured run found best on the device; null: none.
   std::shared_ptr<const Tuning> tuning;
 };

@@ -29,6 +29,9 @@ struct KernelShape {
   std::uint32_t slice_columns = 0;  // portable kernels: columns of head_dim in shared memory
   std::uint32_t required_subgroup_size = 0;
   bool has_careful_pass = false;  // it marks tiles that its second pass (FEATURE_CAREFUL) redoes
+  // That of keys or that of values: registers do not hold the sums of both.
+  bool makes_one_gradient = false;
+  bool relays = false;  // FEATURE_RELAYS
 };
 
 // Rows of the tile, of a block and of a thread, columns of a slice, threads: what tells shapes of
@@ -72,7 +75,14 @@ std::uint64_t KeysOfTile(const AttentionProblem& problem, std::uint32_t tile_row
 // at once.
 bool RowsAllowVectors(const AttentionParams& params, std::uint32_t elements);
 
-// Kernels on cooperative matrices: float16 and bfloat16, head_dim a multiple of 8 up to 128.
+// Whether the device multiplies cooperative matrices of a dtype whose elements kernels can look at.
+bool HasMatrices(std::uint32_t dtype, const DeviceTraits& traits);
+
+// Shared memory through which the subgroups of a kernel pass elements (common/coopmat_layout.glsl).
+constexpr std::uint32_t RelayBytes(std::uint32_t subgroups) { return subgroups * 16 * 20 * 4; }
+
+// Kernels on cooperative matrices: float16 and bfloat16, head_dim a multiple of 8 up to 256
+// (tangents 128).
 KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
                            const DeviceTraits& traits);
 

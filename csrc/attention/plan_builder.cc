@@ -26,7 +26,7 @@ Dispatch& PlanBuilder::Add(std::string module, const KernelShape& shape, std::ui
   dispatch.specialization = {
       shape.threads,
       KnownSubgroupSize(shape),
-      problem_.features & features,
+      (problem_.features & features) | (shape.relays ? FEATURE_RELAYS : 0),
       params_.head_dim,
       shape.tile_rows,
       TileHeads(params_),

@@ -3,10 +3,12 @@
 #include <array>
 #include <limits>
 #include <stdexcept>
+#include <vector>
 
 #include "attention/checks.h"
 #include "attention/dispatch_plan.h"
 #include "attention/kernels.h"
+#include "attention/pairs.h"
 #include "attention/plan_builder.h"
 #include "attention/plan_shape.h"
 #include "attention/query_parts.h"
@@ -40,30 +42,6 @@ constexpr std::uint64_t kListLoops = 8;
 
 constexpr std::uint32_t kScoreFeatures =
     kVisibilityFeatures | FEATURE_BIAS | FEATURE_SOFT_CAP | FEATURE_PLAN | FEATURE_LEVEL_BIAS;
-
-// Number of pairs (t, s) with s <= t + offset.
-double PairsUpTo(double offset, double queries, double keys) {
-  // Row t has clamp(t + offset + 1, 0, keys) of them: none, then growing by one, then all.
-  const double none = std::clamp(-offset - 1, 0.0, queries);
-  const double growing = std::clamp(keys - offset - 1, none, queries) - none;
-  const double first = none + offset + 1;
-  return growing * first + growing * (growing - 1) / 2 + (queries - none - growing) * keys;
-}
-
-// Number of pairs (t, s) of all batch entries and heads that the causal mask and the window leave;
-// lengths, segments and masks are known on the device only.
-double CountPairs(const AttentionProblem& problem) {
-  const AttentionParams& params = problem.params;
-  const double queries = params.queries, keys = params.keys;
-  double right = keys, left = queries;  // unbounded
-  if (problem.features & FEATURE_WINDOW) {
-    if (params.window_right >= 0) right = params.window_right;
-    if (params.window_left >= 0) left = params.window_left;
-  }
-  if (problem.features & FEATURE_CAUSAL) right = std::min(right, 0.0);
-  const double pairs = PairsUpTo(right, queries, keys) - PairsUpTo(-left - 1, queries, keys);
-  return pairs * params.batch_count * params.query_heads;
-}
 
 class Planner {
  public:
@@ -110,9 +88,9 @@ class Planner {
   }
 
   // Whether the kernel of attention corrects its results itself: that on matrices, for bfloat16,
-  // whose range holds any covariance.
+  // whose range holds any covariance, where shared memory has room for that.
   bool CorrectsInRegisters() {
-    return Has(FEATURE_CORRECTS) && problem_.dtype == DTYPE_BF16 &&
+    return Has(FEATURE_CORRECTS) && problem_.dtype == DTYPE_BF16 && params_.head_dim <= 128 &&
            !CoopmatShapes(Kernel::kForward, problem_, traits_).empty() &&
            ListParts(Kernel::kForward, Choose(Kernel::kForward)) == 1;
   }
@@ -151,20 +129,18 @@ class Planner {
     const std::uint32_t cotangents = FEATURE_DOUT | FEATURE_DSHARES;
     if (wants_queries) CheckWalk(RowsWalked(Kernel::kBackwardDq, dq_shape));
     if (wants_keys || wants_coarse_rows) CheckWalk(RowsWalked(Kernel::kBackwardDkv, dkv_shape));
-    const double key_products =
-        2 + (Has(FEATURE_DK) ? 2 + value_products : 0) + (Has(FEATURE_DV) ? value_products : 0);
-    const std::uint32_t key_features =
-        (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT | FEATURE_DK | FEATURE_DV;
+    const std::uint32_t key_features = (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT;
+    const std::vector<KeyPass> key_passes = KeyPasses(dkv_shape, Has(FEATURE_DK), Has(FEATURE_DV));
     if (stores_score_gradients) {
-      AddKernelsOfStoredGradients(dq_shape, dkv_shape, key_features, key_products);
+      AddKernelsOfStoredGradients(dq_shape, dkv_shape, key_features, key_passes);
     } else {
       if (wants_queries) {
         AddKernel(dq_shape, kScoreFeatures | cotangents | FEATURE_DQ | FEATURE_DLEVEL_BIAS,
                   QueryTiles(dq_shape), 4 + value_products);
       }
-      if (wants_keys) {
-        AddKernel(dkv_shape, key_features, KeyTiles(dkv_shape, params_.keys), key_products)
-            .key_rows = KeyRows::kExact;
+      for (const KeyPass& pass : key_passes) {
+        AddKeyKernel(dkv_shape, key_features, KeyTiles(dkv_shape, params_.keys), pass).key_rows =
+            KeyRows::kExact;
       }
     }
     if (wants_coarse_rows) {
@@ -174,14 +150,14 @@ class Planner {
       TileGrid tiles = KeyTiles(dkv_shape, params_.coarse_rows);
       const std::uint64_t plain = PlainCoarseTiles(params_, dkv_shape.tile_rows);
       tiles.tiles = plain * parts.of_means + (tiles.tiles - plain) * parts.of_super_means;
-      Dispatch& dispatch = AddKernel(dkv_shape, kScoreFeatures | cotangents, tiles, key_products);
-      dispatch.specialization.push_back(parts.of_means);
-      dispatch.specialization.push_back(parts.of_super_means);
-      dispatch.key_rows = KeyRows::kCoarse;
-      std::uint32_t& features = dispatch.specialization[kFeatures];
-      features |= FEATURE_COARSE_TILE;
-      if (Has(FEATURE_DCOARSE_K)) features |= FEATURE_DK;
-      if (Has(FEATURE_DCOARSE_V)) features |= FEATURE_DV;
+      for (const KeyPass& pass :
+           KeyPasses(dkv_shape, Has(FEATURE_DCOARSE_K), Has(FEATURE_DCOARSE_V))) {
+        Dispatch& dispatch = AddKeyKernel(dkv_shape, kScoreFeatures | cotangents, tiles, pass);
+        dispatch.specialization.push_back(parts.of_means);
+        dispatch.specialization.push_back(parts.of_super_means);
+        dispatch.key_rows = KeyRows::kCoarse;
+        dispatch.specialization[kFeatures] |= FEATURE_COARSE_TILE;
+      }
     }
     if (Has(FEATURE_DBIAS)) AddBiasGradient(cotangents, value_products);
   }
@@ -212,9 +188,31 @@ class Planner {
     return true;
   }
 
+  // A kernel over tiles of keys, or of coarse rows: FEATURE_DK, FEATURE_DV or both, by the
+  // gradients that it makes, and its products a pair and column.
+  struct KeyPass {
+    std::uint32_t gradients;
+    double products;
+  };
+
+  // Those that make dk and dv, or what of them is wanted.
+  std::vector<KeyPass> KeyPasses(const KernelShape& shape, bool wants_dk, bool wants_dv) const {
+    const double value_products = Has(FEATURE_DOUT) ? 2 : 0;
+    const KeyPass of_keys = {FEATURE_DK, 4 + value_products};
+    const KeyPass of_values = {FEATURE_DV, 2 + value_products};
+    if (wants_dk && wants_dv) {
+      if (shape.makes_one_gradient) return {of_keys, of_values};
+      return {{FEATURE_DK | FEATURE_DV, 4 + 2 * value_products}};
+    }
+    if (wants_dk) return {of_keys};
+    if (wants_dv) return {of_values};
+    return {};
+  }
+
   // dk and dv of some heads, then dq of these beside dk and dv of the next ones.
   void AddKernelsOfStoredGradients(const KernelShape& dq_shape, const KernelShape& dkv_shape,
-                                   std::uint32_t key_features, double key_products) {
+                                   std::uint32_t key_features,
+                                   const std::vector<KeyPass>& key_passes) {
     const TileGrid queries = QueryTiles(dq_shape), keys = KeyTiles(dkv_shape, params_.keys);
     const std::uint64_t group = queries.heads / keys.heads;  // chunks of a key/value head
     const std::uint64_t step = params_.score_gradient_heads < keys.heads
@@ -227,8 +225,12 @@ class Planner {
       if (head > 0) builder_.AddBarrier();
       if (head < keys.heads) {
         const TileGrid part = {keys.tiles, std::min(step, keys.heads - head), head};
-        AddKernel(dkv_shape, key_features, part, key_products, share(part, keys))
-            .specialization[kFeatures] |= FEATURE_SCORE_GRADIENTS;
+        for (const KeyPass& pass : key_passes) {
+          Dispatch& dispatch = AddKeyKernel(dkv_shape, key_features, part, pass, share(part, keys));
+          if (pass.gradients & FEATURE_DK) {
+            dispatch.specialization[kFeatures] |= FEATURE_SCORE_GRADIENTS;
+          }
+        }
       }
       if (head > 0) {
         const std::uint64_t first = head - step;
@@ -350,6 +352,7 @@ class Planner {
             ? kManyListThreads
             : kListThreads;
     maker.required_subgroup_size = 0;
+    maker.relays = false;
     builder_.AddListKernel("work_lists", maker, kVisibilityFeatures, lists * tiles)
         .specialization[kTransposed] = transposed ? 1 : 0;
   }
@@ -448,6 +451,13 @@ class Planner {
     dispatch.share = share;
     dispatch.flops_a_pair = flops_a_pair_and_column * params_.head_dim;
     dispatch.flops = dispatch.flops_a_pair * share * pairs_;
+    return dispatch;
+  }
+
+  Dispatch& AddKeyKernel(const KernelShape& shape, std::uint32_t features, const TileGrid& grid,
+                         const KeyPass& pass, double share = 1) {
+    Dispatch& dispatch = AddKernel(shape, features, grid, pass.products, share);
+    dispatch.specialization[kFeatures] |= pass.gradients;
     return dispatch;
   }
 

@@ -181,19 +181,22 @@ class TilePlanner {
   KernelShape RouterShape() const {
     KernelShape shape = {"cross_tile_router", Threads(), PlanTileRows(params_), kGranuleRows};
     const DeviceTraits& traits = builder_.traits();
-    if (builder_.problem().dtype != DTYPE_F32 && traits.coopmat_float16 &&
-        traits.coopmat_layout_known && params_.head_dim % 16 == 0 && params_.head_dim <= 128 &&
-        shape.tile_rows >= 64 &&
+    if (builder_.problem().dtype != DTYPE_F32 && HasMatrices(DTYPE_F16, traits) &&
+        params_.head_dim % 16 == 0 && params_.head_dim <= 128 && shape.tile_rows >= 64 &&
         CoopmatStagedBytes() + RouterSharedBytes(kCoopmatThreads) <= traits.max_shared_memory) {
       shape.shader = "cross_tile_router_coopmat";
+      shape.relays = !traits.coopmat_layout_known;
       shape.threads = kCoopmatThreads;
       shape.required_subgroup_size = 32;
     }
     return shape;
   }
 
+  // With what elements pass through where the layout of matrices is not known.
   std::uint32_t CoopmatStagedBytes() const {
-    return kCoopmatThreads / 2 * (params_.head_dim / 4 + 1) * 16;
+    const bool relays = !builder_.traits().coopmat_layout_known;
+    return kCoopmatThreads / 2 * (params_.head_dim / 4 + 1) * 16 +
+           (relays ? RelayBytes(kCoopmatThreads / 32) : 0);
   }
 
   // Words of notes that the router keeps in shared memory, or 1 where they do not fit. Few numbers,

@@ -113,6 +113,10 @@ double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const Operand
     if (is_merged && leaves_records) continue;
     const bool of_shares = slot == OPERAND_SHARES || slot == OPERAND_DSHARES;
     if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
+    // Gradients of keys and of values may be made by a kernel each.
+    const bool of_keys = Family(dispatch.shader) == "attend_backward_dkv";
+    if (of_keys && slot == OPERAND_DK && !(features & FEATURE_DK)) continue;
+    if (of_keys && slot == OPERAND_DV && !(features & FEATURE_DV)) continue;
     bytes += operands[slot] + ScratchBytes(plan, slot);
   }
   // Attention on matrices may correct its results itself.

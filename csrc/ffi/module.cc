@@ -64,6 +64,7 @@ nb::dict TraitsDict(const DeviceTraits& traits) {
   dict["coopmat_float16"] = traits.coopmat_float16;
   dict["coopmat_bfloat16"] = traits.coopmat_bfloat16;
   dict["coopmat_layout_known"] = traits.coopmat_layout_known;
+  dict["coopmat_relays"] = traits.coopmat_relays;
   return dict;
 }
 
@@ -378,6 +379,12 @@ void MarkDeviceLost() {
   if (context != nullptr) context->device().MarkLost();
 }
 
+void HideMatrixLayout(bool hide) {
+  Runtime& runtime = Runtime::Get();
+  const auto context = runtime.Existing(runtime.default_device());
+  if (context != nullptr) context->ProbeCoopmatLayout(hide);
+}
+
 }  // namespace
 }  // namespace jax_aat
 
@@ -427,6 +434,7 @@ NB_MODULE(_native, m) {
   m.def("validation_messages", ValidationMessages);
   m.def("cache_path", CachePath, ReleaseGil());
   m.def("mark_device_lost", MarkDeviceLost, ReleaseGil());
+  m.def("hide_matrix_layout", HideMatrixLayout, nb::arg("hide"), ReleaseGil());
   // Drivers must not be torn down by the exit handlers of the process, in no known order.
   const auto shutdown = nb::cpp_function(
       [] {

@@ -44,7 +44,7 @@ Context::Context(const Instance& instance, const PhysicalDevice& physical)
   for (std::uint32_t i = 0; i < device_.queue_count(); ++i) {
     queues_.push_back(std::make_unique<Queue>(device_, i));
   }
-  traits_.coopmat_layout_known = ProbeCoopmatLayout();
+  ProbeCoopmatLayout(/*hide_layout=*/false);
   // Several calls may be on their way at once, and the rest of a call's scratch lies under the same
   // buffer.
   traits_.max_score_gradient_bytes = std::min(
@@ -53,31 +53,39 @@ Context::Context(const Instance& instance, const PhysicalDevice& physical)
 }
 
 DeviceTraits Context::traits() const {
-  const std::lock_guard lock(tuning_mutex_);
+  const std::lock_guard lock(traits_mutex_);
   return traits_;
 }
 
 void Context::SetTuning(Tuning tuning) {
   auto shared = std::make_shared<const Tuning>(std::move(tuning));
-  const std::lock_guard lock(tuning_mutex_);
+  const std::lock_guard lock(traits_mutex_);
   traits_.tuning = std::move(shared);
 }
 
 void Context::SaveTuning() const { WriteTuning(device_.physical(), *traits().tuning); }
 
-bool Context::ProbeCoopmatLayout() {
-  const auto matches = [this](const char* shader) {
-    return CoopmatLayoutMatches(device_, memory_, pipelines_, *queues_.front(), shader);
+void Context::ProbeCoopmatLayout(bool hide_layout) {
+  const DeviceTraits found = traits();
+  if (!found.coopmat_float16 && !found.coopmat_bfloat16) return;
+  const auto matches = [&](bool relays) {
+    const auto probe = [&](const char* shader) {
+      return CoopmatLayoutMatches(device_, memory_, pipelines_, *queues_.front(), shader, relays);
+    };
+    return (!found.coopmat_float16 || probe("coopmat_layout_probe.f16")) &&
+           (!found.coopmat_bfloat16 || probe("coopmat_layout_probe.bf16"));
   };
-  if (!traits_.coopmat_float16 && !traits_.coopmat_bfloat16) return false;
+  bool known = false, relays = false;
   try {
-    return (!traits_.coopmat_float16 || matches("coopmat_layout_probe.f16")) &&
-           (!traits_.coopmat_bfloat16 || matches("coopmat_layout_probe.bf16"));
+    known = !hide_layout && matches(/*relays=*/false);
+    relays = !known && matches(/*relays=*/true);
   } catch (const Error& error) {
     device_.RequireAlive();
     Log(LogLevel::kWarning, Concat("Cooperative matrices are not used: ", error.what()));
-    return false;
   }
+  const std::lock_guard lock(traits_mutex_);
+  traits_.coopmat_layout_known = known;
+  traits_.coopmat_relays = relays;
 }
 
 Context::~Context() {

@@ -71,6 +71,9 @@ class Context {
   void SetTuning(Tuning tuning);
   // Keeps the tuning in use for later processes, see WriteTuning.
   void SaveTuning() const;
+  // Asks the device how it lays out cooperative matrices. With `hide_layout`, for tests, later
+  // calls know no layout even where it is the one that kernels assume.
+  void ProbeCoopmatLayout(bool hide_layout);
   MemoryManager& memory() { return memory_; }
   QueryRing& queries() { return queries_; }
   Pipelines& pipelines() { return pipelines_; }
@@ -101,10 +104,8 @@ class Context {
               std::span<const VkPipeline> pipelines, VkDeviceAddress parameters,
               const Surroundings& around) const;
 
-  bool ProbeCoopmatLayout();
-
   const Device device_;
-  mutable std::mutex tuning_mutex_;  // of the tuning among the traits; the rest does not change
+  mutable std::mutex traits_mutex_;  // of tuning and matrices among the traits; the rest stays
   DeviceTraits traits_;
   MemoryManager memory_;
   QueryRing queries_;

@@ -32,9 +32,11 @@ Layouts AssumedLayouts() {
 }  // namespace
 
 bool CoopmatLayoutMatches(const Device& device, MemoryManager& memory, Pipelines& pipelines,
-                          Queue& queue, const std::string& shader) {
-  const VkPipeline pipeline = pipelines.Get(
-      {.shader = shader, .specialization = {kLanes}, .required_subgroup_size = kLanes});
+                          Queue& queue, const std::string& shader, bool relays) {
+  const VkPipeline pipeline =
+      pipelines.Get({.shader = shader,
+                     .specialization = {kLanes, kLanes, relays ? FEATURE_RELAYS : 0},
+                     .required_subgroup_size = kLanes});
   Layouts layouts;
   const Block block = memory.Allocate(Purpose::kMetrics, sizeof(layouts));
   // Elements that a lane lacks stay as no matrix has them.

@@ -10,9 +10,10 @@
 
 namespace jax_aat {
 
-// Whether the layout is the one of shaders/common/coopmat_types.glsl. `shader` is a
-// coopmat_layout_probe module. Waits for the device.
+// Whether the layout is the one of shaders/common/coopmat_types.glsl or, with `relays`, becomes it
+// on the way through shared memory (common/coopmat_layout.glsl). `shader` is a coopmat_layout_probe
+// module. Waits for the device.
 bool CoopmatLayoutMatches(const Device& device, MemoryManager& memory, Pipelines& pipelines,
-                          Queue& queue, const std::string& shader);
+                          Queue& queue, const std::string& shader, bool relays);
 
 }  // namespace jax_aat

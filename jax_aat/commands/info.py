@@ -112,13 +112,15 @@ def _kernels(device: vulkan.Device) -> Iterator[Sequence[str]]:
 def _why(path: str, dtype: str, traits: Mapping[str, Any]) -> str:
     """Why the planner took that family of kernels."""
     if path != "portable":
-        return "cooperative matrices"
+        if traits["coopmat_layout_known"]:
+            return "cooperative matrices"
+        return "cooperative matrices, of which elements pass through shared memory"
     if dtype == "float32":
         return "matrix units do not multiply float32"
     if not (traits["coopmat_float16"] if dtype == "float16" else traits["coopmat_bfloat16"]):
         return f"no 16x16x16 cooperative matrices of {dtype}"
-    if not traits["coopmat_layout_known"]:
-        return "the layout of the device's cooperative matrices is not known"
+    if not vulkan.has_matrices(traits, dtype):
+        return "elements of the device's cooperative matrices were not found where they belong"
     return "no matrix kernel for this pass and head_dim"
 
 

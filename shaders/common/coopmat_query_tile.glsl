@@ -33,10 +33,11 @@ void exchange_out(View view, QueryTile tile, uint t) {
 void store_sums(View view, QueryTile tile, Accumulator sums[ROW_TILES][DIM_TILES], float factor) {
   [[unroll]] for (uint t = 0; t < ROW_TILES; ++t) {
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
+      to_known(sums[t][d]);
       [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
         sums[t][d][i] = rounded(sums[t][d][i] * factor);
       }
-      coopMatStore(Rounded(sums[t][d]), staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
+      store_matrix(sums[t][d], exchange_start() + 2 * d);
     }
     barrier();
     exchange_out(view, tile, t);
@@ -75,13 +76,16 @@ void name_block(Walk walk, uint block) {
   }
 }
 
-void fetch_block(Walk walk, uint operand) {
-  Source source = operand == 0 ? walk.keys : walk.values;
+void fetch_rows(Walk walk, uint held, Source source) {
   if (walk.coarse) {
-    fetch_coarse_rows(operand, source, walk.last_key);
+    fetch_coarse_rows(held, source, walk.last_key);
   } else {
-    fetch_keys(operand, source, walk.last_key);
+    fetch_keys(held, source, walk.last_key);
   }
+}
+
+void fetch_block(Walk walk, uint operand) {
+  fetch_rows(walk, operand, operand == 0 ? walk.keys : walk.values);
 }
 
 void stage_first_block(Walk walk) {
@@ -116,7 +120,7 @@ Walk start_walk(QueryTile tile) {
   return walk;
 }
 
-Walk start_coarse_walk(QueryTile tile) {
+Walk coarse_walk(QueryTile tile) {
   Walk walk;
   walk.entries = Entries(tile.list.entries);
   walk.first_entry = tile.list.first_coarse_entry;
@@ -126,6 +130,11 @@ Walk start_coarse_walk(QueryTile tile) {
   walk.keys = source_of(view_of(OPERAND_COARSE_K, tile.kv_head, 1));
   walk.values = source_of(view_of(OPERAND_COARSE_V, tile.kv_head, 1));
   walk.coarse = true;
+  return walk;
+}
+
+Walk start_coarse_walk(QueryTile tile) {
+  Walk walk = coarse_walk(tile);
   stage_first_block(walk);
   return walk;
 }

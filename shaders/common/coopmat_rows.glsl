@@ -5,7 +5,7 @@
 // block is on its way in registers, so that one barrier a step is enough. The kernels live at the
 // limit of 255 registers a thread: what a loop keeps in a register and could do without costs a
 // spill.
-#include "common/coopmat_types.glsl"
+#include "common/coopmat_layout.glsl"
 #include "common/levels.glsl"
 
 const uint SUBGROUPS = THREADS / 32;
@@ -80,7 +80,7 @@ uvec4 fetch(Source source, uint row_start) {
 
 // The block on its way: its granules, or coarse rows, are named one step before they are fetched.
 uint next_granules[FETCHES];
-uvec4 next_rows[2][FETCHES];  // of the two operands
+uvec4 next_rows[2][FETCHES];  // of two operands
 
 // Where fetch n of this thread lies in the block: row in its granule, and the granule.
 uint fetch_granule_row(uint n) { return (n * FETCH_ROWS + fetch_row()) % GRANULE_ROWS; }
@@ -126,13 +126,16 @@ void fetch_queries(uint operand, Source source, uint first_head, uint last_posit
   }
 }
 
-void stage_rows(uint stage, uint operand) {
+// Those held on their way as `held`, as an operand of the stage.
+void stage_held(uint stage, uint held, uint operand) {
   uint start = stage_start(stage) + operand * OPERAND_VECTORS;
   [[unroll]] for (uint n = 0; n < FETCHES; ++n) {
     uint at = start + (n * FETCH_ROWS + fetch_row()) * PITCH + fetch_column();
-    if (is_staged(fetch_column())) staged[at] = next_rows[operand][n];
+    if (is_staged(fetch_column())) staged[at] = next_rows[held][n];
   }
 }
+
+void stage_rows(uint stage, uint operand) { stage_held(stage, operand, operand); }
 
 // Keeps the compiler from starting the matrix products after it before those in front of it are
 // done. Left free it overlaps so many that it spills; with this the kernel for dk and dv of
@@ -147,6 +150,19 @@ uint exchange_start() { return gl_SubgroupID * 16 * PITCH; }
 uint exchange_row(uint n) { return (n * 32 + gl_SubgroupInvocationID) / VECTORS; }
 uint exchange_column() { return gl_SubgroupInvocationID % VECTORS; }
 uint exchange_at(uint n) { return exchange_start() + exchange_row(n) * PITCH + exchange_column(); }
+
+// Stores a matrix whose elements lie as is known, rounded, from vector `at` of `staged` on.
+void store_matrix(Accumulator x, uint at) {
+  if (!RELAYS) {
+    coopMatStore(Rounded(x), staged, at, PITCH, ROW_MAJOR);
+    return;
+  }
+  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
+    uint column = element_column(i);
+    staged[at + element_row(i) * PITCH + column / 8][column % 8 / 2] =
+        to_16_bits(x[i], DTYPE) | to_16_bits(x[i + 1], DTYPE) << 16;
+  }
+}
 
 // First row of 16-row tile t of this subgroup, in the workgroup's tile.
 uint subgroup_row(uint t) { return (gl_SubgroupID * ROW_TILES + t) * 16; }

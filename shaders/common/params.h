@@ -105,6 +105,7 @@ using uint = std::uint32_t;
 #define FEATURE_MAKES_LISTS 67108864  // levels and lists are wanted, not prices
 #define FEATURE_MAKES_KEY_LISTS 1073741824  // and transposed lists, which backward passes walk
 #define FEATURE_SCORE_GRADIENTS 134217728  // the kernel stores dS for the one that makes dq of it
+#define FEATURE_RELAYS 2147483648u  // the layout of matrices is not known (common/coopmat_layout.glsl)
 // Of a call with a plan:
 #define FEATURE_MAKES_MEANS 268435456  // coarse rows are made of k and v
 #define FEATURE_CORRECTS 536870912     // and corrected by the state

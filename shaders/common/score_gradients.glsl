@@ -5,7 +5,7 @@
 // tiles of keys that do not see each other nothing is stored.
 #include "common/coopmat_rows.glsl"
 
-const uint GRADIENT_TILE_ROWS = 128;  // of queries, and of the keys that a workgroup stores
+const uint GRADIENT_TILE_ROWS = 128;  // of queries; kernels' tiles may have half of them
 const uint GRADIENT_TILE_GRANULES = GRADIENT_TILE_ROWS / GRANULE_ROWS;
 const uint MATRIX_VECTORS = 32;
 

@@ -158,7 +158,7 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
 
 void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits,
                      const DispatchPlan& plan) {
-  EXPECT(plan.dispatches.size() <= 7);
+  EXPECT(plan.dispatches.size() <= 9);
   int barriers = 0, kernels = 0, finishing = 0;
   bool merges_parts = false;
   for (const Dispatch& dispatch : plan.dispatches) {
@@ -176,6 +176,9 @@ void CheckDispatches(const AttentionProblem& problem, const DeviceTraits& traits
              (!merges && StartsWith(other.shader, "merge_parts")));
       EXPECT(Parts(other) == Parts(dispatch) && Parts(dispatch) >= 4);
     }
+    const bool on_matrices = dispatch.shader.find("_coopmat.") != std::string::npos;
+    EXPECT(!on_matrices || traits.coopmat_layout_known || traits.coopmat_relays);
+    EXPECT(((constants[2] & FEATURE_RELAYS) != 0) == (on_matrices && traits.coopmat_relays));
     EXPECT(constants[0] <= traits.max_workgroup_invocations);
     const std::uint64_t x = dispatch.groups[0], y = dispatch.groups[1];
     EXPECT(x <= traits.max_workgroup_count && y <= traits.max_workgroup_count);

@@ -42,8 +42,10 @@ inline DeviceTraits RandomTraits(Random& random) {
   traits.max_workgroup_invocations = Pick(random, {128, 256, 1024});
   traits.max_workgroup_count = Pick(random, {1024, 65535});
   traits.storage_16bit = true;
-  traits.coopmat_float16 = traits.coopmat_bfloat16 = traits.coopmat_layout_known =
+  traits.coopmat_float16 = traits.coopmat_bfloat16 =
       traits.min_subgroup_size == 32 && Chance(random);
+  traits.coopmat_layout_known = traits.coopmat_float16 && Chance(random);
+  traits.coopmat_relays = traits.coopmat_float16 && !traits.coopmat_layout_known && Chance(random);
   return traits;
 }
 

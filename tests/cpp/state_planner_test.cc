@@ -72,9 +72,9 @@ const Dispatch* Find(const DispatchPlan& plan, const char* shader) {
 }
 
 // Whether the kernel of attention adds what the state gives back itself: on matrices, in bfloat16,
-// where no other kernel comes after it.
+// where shared memory holds a covariance and no other kernel comes after it.
 bool CorrectsItself(const DispatchPlan& plan) {
-  return Find(plan, "attend_forward_coopmat.bf16") != nullptr &&
+  return plan.params.head_dim <= 128 && Find(plan, "attend_forward_coopmat.bf16") != nullptr &&
          Find(plan, "merge_parts") == nullptr;
 }
 

@@ -13,7 +13,7 @@
 namespace jax_aat {
 namespace {
 
-constexpr std::uint64_t kTileRows = 128;
+constexpr std::uint64_t kTileRows = 128;  // of what is stored
 
 AttentionProblem RandomBackward(Random& random) {
   AttentionProblem problem;
@@ -31,7 +31,7 @@ AttentionProblem RandomBackward(Random& random) {
   params.keys = Pick(random, {1, 100, 1000, 4096});
   params.kv_heads = Pick(random, {1, 3, 16});
   params.query_heads = params.kv_heads * Pick(random, {1, 3, 4, 32});
-  params.head_dim = Pick(random, {72, 128});
+  params.head_dim = Pick(random, {72, 128, 256});
   params.window_left = params.window_right = -1;
   return problem;
 }
@@ -75,18 +75,31 @@ void CheckStored(const AttentionProblem& problem, const DeviceTraits& traits,
   const std::uint64_t bytes = ScratchBytes(plan, OPERAND_SCORE_GRADIENTS);
   EXPECT(bytes >= slots * head_bytes && slots * head_bytes <= traits.max_score_gradient_bytes);
 
+  // Heads wider than 128 have tiles of half the rows, and a kernel for each gradient.
+  const bool is_wide = params.head_dim > 128;
+  const std::uint64_t tile_rows = is_wide ? kTileRows / 2 : kTileRows;
+  std::uint64_t kernels_of_values = 0;
   Turns turns = {std::vector<int>(heads, -1), std::vector<int>(heads, -1)};
   int phase = 0;
   for (const Dispatch& dispatch : plan.dispatches) {
     phase += dispatch.barrier_before;
     if (StartsWith(dispatch.shader, "attend_backward_dkv_coopmat")) {
-      EXPECT(dispatch.specialization[2] & FEATURE_SCORE_GRADIENTS);
-      Note(dispatch, key_tiles, 1, phase, turns.written);
+      const std::uint32_t features = dispatch.specialization[2];
+      EXPECT(dispatch.specialization[4] == tile_rows);
+      if (is_wide && !(features & FEATURE_DK)) {
+        EXPECT((features & FEATURE_DV) && !(features & FEATURE_SCORE_GRADIENTS));
+        kernels_of_values += dispatch.heads;
+        continue;
+      }
+      EXPECT((features & FEATURE_SCORE_GRADIENTS) && is_wide == !(features & FEATURE_DV));
+      Note(dispatch, DivideUp(params.keys, tile_rows), 1, phase, turns.written);
     } else if (StartsWith(dispatch.shader, "attend_backward_dq_stored_coopmat")) {
-      EXPECT(dispatch.specialization[4] == kTileRows);
-      Note(dispatch, query_tiles, chunks, phase, turns.read);
+      EXPECT(dispatch.specialization[4] == tile_rows);
+      const std::uint64_t tiles = DivideUp(params.queries, tile_rows / tile_heads);
+      Note(dispatch, tiles, chunks, phase, turns.read);
     }
   }
+  EXPECT(kernels_of_values == (is_wide ? heads : 0));
   for (std::uint64_t head = 0; head < heads; ++head) {
     EXPECT(turns.written[head] > 0 && turns.read[head] > turns.written[head]);
     if (head + slots < heads) EXPECT(turns.written[head + slots] > turns.read[head]);
