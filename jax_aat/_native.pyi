@@ -168,13 +168,14 @@ def scratch_bytes(
 
     Args:
       device: Index.
-      pass_name: As of `example_plan`.
+      pass_name: As of `example_plan`, or 'plan'.
       dtype: Likewise.
       sizes: Batch entries, queries, keys, query heads, key/value heads, head_dim.
       causal: Whether it is.
-      query_tile: Rows of a query tile of its plan, which the forward pass makes; 0: it has none.
+      query_tile: Rows of a query tile of its plan; 0: it has none.
       super_tile: Keys of a super-tile of it.
-      level_count: Of the plan, as `jax_aat.problem.Options` has it; so are the rest.
+      level_count: Of the plan that the pass makes, as `jax_aat.problem.Options` has it; so are the
+        rest. 0: it is given one.
       candidate_share: See there.
       judged_key_tiles: See there.
       list_capacity: See there; 0 where the plan is kept.

@@ -206,7 +206,7 @@ class Sizes:
         """Memory that a pass takes besides, as it is planned for the default device.
 
         Args:
-          direction: "forward" or "backward".
+          direction: "plan", where a plan is made apart, "forward" or "backward".
           gradients: Whether a backward pass follows, which needs the plan.
         """
         from jax_aat import _native
@@ -215,11 +215,13 @@ class Sizes:
         assert device is not None
         plan: dict[str, Any] = {}
         if self.adaptation is not None:
-            kept = gradients or not plans_in_one_submission(self._operands, self.adaptation)
+            apart = self._plans_apart
+            kept = gradients or apart
+            makes_plan = direction == ("plan" if apart else "forward")
             plan = {
                 "query_tile": self._grid.query_tile,
                 "super_tile": self._grid.super_tile,
-                "level_count": len(self.adaptation.levels),
+                "level_count": len(self.adaptation.levels) if makes_plan else 0,
                 "candidate_share": candidate_share(self.adaptation, self._options, self._grid),
                 "judged_key_tiles": self._judged_key_tiles,
                 "list_capacity": 0 if kept else self._list_capacity,
@@ -229,6 +231,16 @@ class Sizes:
         return _native.scratch_bytes(
             device.index, direction, self.dtype, sizes, self.causal, **plan
         )
+
+    def directions(self, gradients: bool) -> tuple[str, ...]:
+        """The passes that follow each other, each as a submission of its own."""
+        plan = ("plan",) if self._plans_apart else ()
+        return *plan, *("forward", "backward")[: 1 + gradients]
+
+    @property
+    def _plans_apart(self) -> bool:
+        adaptation = self.adaptation
+        return adaptation is not None and not plans_in_one_submission(self._operands, adaptation)
 
     @property
     def _list_capacity(self) -> int:
@@ -314,8 +326,7 @@ def estimate(
         relative_flops=(rows + planning) / sizes.dense_flops(),
         operand_bytes=sizes.operand_bytes(gradients),
         scratch_bytes=max(
-            sizes.scratch_bytes(direction, gradients)
-            for direction in ("forward", "backward")[: 1 + gradients]
+            sizes.scratch_bytes(direction, gradients) for direction in sizes.directions(gradients)
         ),
         kernels=kernels,
         measured_lengths=(short.queries, long.queries),

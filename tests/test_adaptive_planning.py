@@ -236,6 +236,39 @@ def test_lists_are_no_result_of_a_call_that_reports(goal, rng, set_traced):
     jax.tree.map(assert_same_bits, report, kept_report)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "stages", "fits"),
+    [(400, 400, 1, True), (400, 400, 2, False), (24, 4200, 1, False)],
+)
+def test_planning_lies_in_the_output(queries, keys, stages, fits, rng, set_traced):
+    """Until attention writes it, and in scratch alone as far as it has no room there."""
+    set_traced(adaptive, "plans_in_one_submission", lambda *_: True)
+    q, k, v = (normal(rng, 2, n, 4, 64) for n in (queries, keys, keys))
+    adaptation = Adaptation(budget=0.5, query_tile=32, stages=stages)
+    call = {"adaptation": adaptation, "implementation": "vulkan"}
+
+    def attend(plan, *operands):
+        return tiled_attention(*operands, plan=plan, is_causal=queries == keys, **call)
+
+    def loss(*operands):
+        out = attend(None, *operands)
+        return jnp.square(out).sum(), out
+
+    def ran(function, *operands):
+        with profile(by_kernel=False) as prof:
+            result = jax.block_until_ready(jax.jit(function)(*operands))
+        return result, prof.calls[0].scratch_bytes
+
+    plan, planning = ran(functools.partial(plan_tiles, is_causal=queries == keys, **call), q, k, v)
+    out, given = ran(attend, plan, q, k, v)
+    alone, _ = ran(functools.partial(attend, None), q, k, v)
+    ((_, differentiated), _), kept = ran(jax.value_and_grad(loss, has_aux=True), q, k, v)
+    assert_same_bits(alone, out)
+    assert_same_bits(differentiated, out)
+    # The histogram of prices lies beside them.
+    assert (kept - given < planning / 10) == fits
+
+
 SPOILED = {"finite": 0.0, "infinite": np.inf, "not a number": np.nan, "huge": 3e38}
 BOUNDED = {
     "causal": {"is_causal": True},

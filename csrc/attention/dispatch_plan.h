@@ -60,11 +60,13 @@ struct Dispatch {
 struct DispatchPlan {
   AttentionParams params;  // addresses of operands are filled in by the runtime
   std::vector<Dispatch> dispatches;
-  // Scratch of the call: slot operand -> its part of one buffer of scratch_bytes.
+  // Scratch of the call: slot operand -> its part of one buffer of scratch_bytes or, where it is
+  // dead before the first kernel writes out, of the memory of that result.
   struct Scratch {
     std::uint32_t operand;
     std::uint64_t offset;
     std::uint64_t bytes;
+    bool in_out;
   };
   std::vector<Scratch> scratch;
   std::uint64_t scratch_bytes = 0;

@@ -27,11 +27,11 @@ std::uint32_t IndexOf(const std::string_view (&names)[N], std::string_view name)
 
 AttentionProblem ExampleProblem(const ExampleCall& call) {
   AttentionProblem problem;
-  problem.pass = static_cast<Pass>(IndexOf({"forward", "tangent", "backward"}, call.pass));
+  problem.pass = static_cast<Pass>(IndexOf({"forward", "tangent", "backward", "plan"}, call.pass));
   problem.dtype = IndexOf(kDtypeNames, call.dtype);
   const auto set = [&](std::uint32_t features) { problem.features |= features; };
-  const bool is_backward = problem.pass == Pass::kBackward;
-  if (problem.pass != Pass::kForward) set(FEATURE_DQ | FEATURE_DK | FEATURE_DV);
+  const bool is_backward = problem.pass == Pass::kBackward, is_plan = problem.pass == Pass::kPlan;
+  if (is_backward || problem.pass == Pass::kTangent) set(FEATURE_DQ | FEATURE_DK | FEATURE_DV);
   if (is_backward) set(FEATURE_DOUT);
   if (call.causal) set(FEATURE_CAUSAL);
 
@@ -64,9 +64,11 @@ AttentionProblem ExampleProblem(const ExampleCall& call) {
     params.level_count = call.level_count;
     params.candidate_share = call.candidate_share;
     params.judged_key_tiles = call.judged_key_tiles;
-    set(FEATURE_PLAN | FEATURE_MAKES_MEANS);
-    if (call.corrects) set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS);
-    if (problem.pass == Pass::kForward) set(FEATURE_MAKES_LISTS | FEATURE_SPARE_ROWS);
+    set(FEATURE_PLAN);
+    if (!is_plan) set(FEATURE_MAKES_MEANS);
+    if (!is_plan && call.corrects) set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS);
+    const bool may_plan = is_plan || problem.pass == Pass::kForward;
+    if (may_plan && call.level_count > 0) set(FEATURE_MAKES_LISTS | FEATURE_SPARE_ROWS);
     if (is_backward) set(FEATURE_DCOARSE_K | FEATURE_DCOARSE_V);
     if (is_backward && call.corrects) set(FEATURE_DSHARES | FEATURE_DLEVEL_BIAS);
   }

@@ -11,7 +11,7 @@ namespace jax_aat {
 
 // A call of q, k and v that are dense in memory, with no bias and no mask; every gradient wanted.
 struct ExampleCall {
-  std::string_view pass;   // "forward", "tangent" or "backward"
+  std::string_view pass;   // "forward", "tangent", "backward" or, of a call with one, "plan"
   std::string_view dtype;  // "float32", "float16" or "bfloat16"
   std::uint32_t batch = 1;
   std::uint32_t queries = 1024;
@@ -20,10 +20,10 @@ struct ExampleCall {
   std::uint32_t kv_heads = 8;
   std::uint32_t head_dim = 64;
   bool causal = false;
-  // Of a call with a plan, which a forward pass makes by a budget; 0: there is none.
+  // Of a call with a plan; 0: there is none.
   std::uint32_t query_tile = 0;
   std::uint32_t super_tile = 0;
-  std::uint32_t level_count = 0;
+  std::uint32_t level_count = 0;  // a forward pass makes its plan, by a budget; 0: it is given one
   float candidate_share = 0;
   std::uint32_t judged_key_tiles = 0;
   std::uint32_t list_capacity = 0;  // entries of a work list; 0: the plan is kept

@@ -9,13 +9,43 @@
 namespace jax_aat {
 namespace {
 
+// From the start of scratch, or of out, whose address is a multiple of 16 bytes: the most that a
+// shader loads at once.
 constexpr std::uint64_t kScratchAlignment = 256;
 
 const char* ModuleSuffix(std::uint32_t dtype) {
   return dtype == DTYPE_F32 ? "f32" : dtype == DTYPE_F16 ? "f16" : "bf16";
 }
 
+// Bytes of out that nothing has to be kept in before the kernels of attention write it: none where
+// it is given, or where what lies between its elements may be somebody else's.
+std::uint64_t OutRoom(const AttentionProblem& problem) {
+  if (problem.pass != Pass::kForward) return 0;
+  const AttentionParams& params = problem.params;
+  const OperandLayout& out = params.operand[OPERAND_OUT];
+  std::uint64_t elements = 1;
+  bool is_dense = true;
+  const auto take = [&](std::uint32_t extent, std::uint32_t stride) {
+    is_dense &= extent == 1 || stride == elements;
+    elements *= extent;
+  };
+  take(params.head_dim, out.column_stride);
+  take(params.query_heads, out.head_stride);
+  take(params.queries, out.row_stride);
+  for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+    take(params.batch[axis], out.batch_stride[axis]);
+  }
+  return is_dense ? elements * (problem.dtype == DTYPE_F32 ? 4 : 2) : 0;
+}
+
+PlanBuilder::Ends Larger(const PlanBuilder::Ends& a, const PlanBuilder::Ends& b) {
+  return {std::max(a.scratch, b.scratch), std::max(a.out, b.out)};
+}
+
 }  // namespace
+
+PlanBuilder::PlanBuilder(const AttentionProblem& problem, const DeviceTraits& traits)
+    : problem_(problem), traits_(traits), params_(problem.params), out_room_(OutRoom(problem)) {}
 
 Dispatch& PlanBuilder::Add(std::string module, const KernelShape& shape, std::uint32_t features,
                            std::uint64_t workgroups) {
@@ -65,34 +95,33 @@ std::string PlanBuilder::ModuleName(const KernelShape& shape) const {
   return std::string(shape.shader) + "." + ModuleSuffix(problem_.dtype);
 }
 
-void PlanBuilder::AddScratch(std::uint32_t slot, std::uint64_t bytes) {
+void PlanBuilder::AddScratch(std::uint32_t slot, std::uint64_t bytes, Life life) {
   const std::uint64_t aligned = DivideUp(bytes, kScratchAlignment) * kScratchAlignment;
-  plan_.scratch.push_back({slot, plan_.scratch_bytes, aligned});
-  plan_.scratch_bytes += aligned;
+  const bool in_out = life == Life::kPlanning && ends_.out + aligned <= out_room_;
+  std::uint64_t& end = in_out ? ends_.out : ends_.scratch;
+  plan_.scratch.push_back({slot, end, aligned, in_out});
+  end += aligned;
+  plan_.scratch_bytes = std::max(plan_.scratch_bytes, ends_.scratch);
 }
 
-void PlanBuilder::BeginSharedScratch() { shared_begin_ = plan_.scratch_bytes; }
+void PlanBuilder::BeginSharedScratch() { shared_begin_ = ends_; }
 
 void PlanBuilder::ShareScratch() {
-  shared_end_ = plan_.scratch_bytes;
-  plan_.scratch_bytes = shared_begin_;
+  shared_end_ = ends_;
+  ends_ = shared_begin_;
 }
 
-void PlanBuilder::EndSharedScratch() {
-  plan_.scratch_bytes = std::max(plan_.scratch_bytes, shared_end_);
-}
+void PlanBuilder::EndSharedScratch() { ends_ = Larger(ends_, shared_end_); }
 
-void PlanBuilder::AddScratchFrom(std::uint64_t offset) {
-  plan_.scratch_bytes = std::max(plan_.scratch_bytes, offset);
-}
+void PlanBuilder::AddScratchFrom(const Ends& least) { ends_ = Larger(ends_, least); }
 
-void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t words) {
+void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t words, Life life) {
   std::uint64_t stride = words;
   for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
     params_.operand[slot].batch_stride[axis] = params_.batch[axis] == 1 ? 0 : CheckedStride(stride);
     stride *= params_.batch[axis];
   }
-  AddScratch(slot, CheckedStride(stride) * std::uint64_t{4});
+  AddScratch(slot, CheckedStride(stride) * std::uint64_t{4}, life);
 }
 
 DispatchPlan PlanBuilder::Finish(const char* path) {

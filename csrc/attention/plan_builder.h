@@ -36,10 +36,12 @@ constexpr std::uint64_t DivideUp(std::uint64_t value, std::uint64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// How long scratch is used: until the kernels of attention begin, or to the end of the call.
+enum class Life { kPlanning, kCall };
+
 class PlanBuilder {
  public:
-  PlanBuilder(const AttentionProblem& problem, const DeviceTraits& traits)
-      : problem_(problem), traits_(traits), params_(problem.params) {}
+  PlanBuilder(const AttentionProblem& problem, const DeviceTraits& traits);
 
   const AttentionProblem& problem() const { return problem_; }
   const DeviceTraits& traits() const { return traits_; }
@@ -57,18 +59,23 @@ class PlanBuilder {
                           std::uint64_t workgroups);
   std::string ModuleName(const KernelShape& shape) const;
 
-  void AddScratch(std::uint32_t slot, std::uint64_t bytes);
+  // That of planning lies in out where the call has this result and it has room left.
+  void AddScratch(std::uint32_t slot, std::uint64_t bytes, Life life = Life::kCall);
   // Scratch of so many words a batch entry; sets the strides along batch axes.
-  void AddBatchScratch(std::uint32_t slot, std::uint64_t words);
+  void AddBatchScratch(std::uint32_t slot, std::uint64_t words, Life life = Life::kCall);
 
+  // Where what is added next lies, in scratch and in out.
+  struct Ends {
+    std::uint64_t scratch = 0, out = 0;
+  };
   // Scratch that is added from the first of these to the second is dead where what is added from
   // there to the third is used, and lies in the same place.
   void BeginSharedScratch();
   void ShareScratch();
   void EndSharedScratch();
-  // Where what is added next lies, and that it is to lie there at least.
-  std::uint64_t scratch_end() const { return plan_.scratch_bytes; }
-  void AddScratchFrom(std::uint64_t offset);
+  // What is added next is to lie there at least.
+  Ends scratch_ends() const { return ends_; }
+  void AddScratchFrom(const Ends& least);
 
   void CountLists(std::uint64_t lists) { plan_.counted_lists = lists; }
 
@@ -83,7 +90,8 @@ class PlanBuilder {
   AttentionParams params_;
   DispatchPlan plan_;
   bool needs_barrier_ = false;
-  std::uint64_t shared_begin_ = 0, shared_end_ = 0;  // of scratch
+  const std::uint64_t out_room_;
+  Ends ends_, shared_begin_, shared_end_;
 };
 
 }  // namespace jax_aat

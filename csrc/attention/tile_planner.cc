@@ -53,18 +53,19 @@ class TilePlanner {
                     DivideUp(kHistogramWords * std::uint64_t{params_.batch_count}, Threads()));
     }
     builder_.BeginSharedScratch();
-    std::uint64_t prices_end = builder_.scratch_end();
+    PlanBuilder::Ends prices = builder_.scratch_ends();
     if (makes_prices) {
       if (makes_lists) AddPrices();
-      prices_end = builder_.scratch_end();
+      prices = builder_.scratch_ends();
       AddRouter();
     }
     builder_.ShareScratch();
-    // Lists are made when all prices have become levels, levels when the router has made these.
+    // Lists are made when all prices have become levels, levels when the router has made these. Of
+    // all these the kernels of attention read the entries alone.
     if (!builder_.problem().keeps_lists) AddEntries();
     if (!keeps_levels) {
-      builder_.AddScratchFrom(prices_end);
-      AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_));
+      builder_.AddScratchFrom(prices);
+      AddRows(OPERAND_LEVELS, params_.plan_tiles, LevelWords(params_), Life::kPlanning);
     }
     builder_.EndSharedScratch();
     if (!makes_lists) return;
@@ -124,13 +125,14 @@ class TilePlanner {
   }
 
   // Scratch of so many rows a list, of so many words each.
-  void AddRows(std::uint32_t slot, std::uint32_t rows, std::uint32_t words) {
+  void AddRows(std::uint32_t slot, std::uint32_t rows, std::uint32_t words,
+               Life life = Life::kCall) {
     OperandLayout& layout = params_.operand[slot];
     const std::uint64_t a_list = std::uint64_t{rows} * words;
     layout.head_stride = CheckedStride(a_list);
     layout.row_stride = words;
     layout.column_stride = 1;
-    builder_.AddBatchScratch(slot, a_list * Lists());
+    builder_.AddBatchScratch(slot, a_list * Lists(), life);
   }
 
   // As scratch (shaders/common/prices.glsl): of what tiles look into alone, where that is less.
@@ -145,7 +147,7 @@ class TilePlanner {
     const std::uint64_t a_list = std::uint64_t{params_.plan_tiles} * layout.row_stride;
     layout.head_stride = CheckedStride(a_list);
     layout.column_stride = 1;
-    builder_.AddBatchScratch(OPERAND_PRICES, a_list * Lists());
+    builder_.AddBatchScratch(OPERAND_PRICES, a_list * Lists(), Life::kPlanning);
   }
 
   // Summaries of keys and values, then the prices of all granules of all tiles.
@@ -154,13 +156,13 @@ class TilePlanner {
     const bool on_matrices = router.required_subgroup_size != 0;
     const std::uint64_t summary = SummaryFloats(on_matrices);
     params_.operand[OPERAND_KEY_SUMMARIES].head_stride = CheckedStride(summary);
-    builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads);
+    builder_.AddBatchScratch(OPERAND_KEY_SUMMARIES, summary * params_.kv_heads, Life::kPlanning);
     const std::uint32_t shared_notes = SharedNotes(router);
     const std::uint64_t slab = SlabFloats(shared_notes != 1, on_matrices);
     const std::uint64_t workgroups =
         std::clamp<std::uint64_t>(kMostSlabBytes / (4 * slab), 1, std::min(kMostSlabs, Tiles()));
     params_.operand[OPERAND_ROUTER_SCRATCH].head_stride = CheckedStride(slab);
-    builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4);
+    builder_.AddScratch(OPERAND_ROUTER_SCRATCH, slab * workgroups * 4, Life::kPlanning);
 
     KernelShape processor = {"tile_processor", Threads(), PlanTileRows(params_), kGranuleRows};
     builder_

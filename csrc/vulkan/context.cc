@@ -24,7 +24,7 @@ AttentionParams WithAddresses(const DispatchPlan& plan, OperandAddresses address
                               VkDeviceAddress scratch) {
   AttentionParams params = plan.params;
   for (const DispatchPlan::Scratch& part : plan.scratch) {
-    addresses[part.operand] = scratch + part.offset;
+    addresses[part.operand] = (part.in_out ? addresses[OPERAND_OUT] : scratch) + part.offset;
   }
   for (std::size_t i = 0; i < addresses.size(); ++i) {
     params.operand[i].address_low = static_cast<std::uint32_t>(addresses[i]);

@@ -120,8 +120,8 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
   std::map<std::uint32_t, std::uint64_t> words;
   std::uint64_t taken = 0;
-  for (const auto& [slot, offset, bytes] : plan.scratch) {
-    EXPECT(offset % 256 == 0 && bytes > 0 && offset + bytes <= plan.scratch_bytes);
+  for (const auto& [slot, offset, bytes, in_out] : plan.scratch) {
+    EXPECT(!in_out && offset % 256 == 0 && bytes > 0 && offset + bytes <= plan.scratch_bytes);
     EXPECT(offset >= taken);
     taken = offset + bytes;
     EXPECT(words.emplace(slot, bytes / 4).second);
@@ -408,6 +408,7 @@ int main() {
   jax_aat::TestSharedNotes();
   jax_aat::TestCorrection();
   jax_aat::TestScratchOfPlans();
+  jax_aat::TestPlanningInOut();
   jax_aat::Refusals();
   return 0;
 }

@@ -126,8 +126,8 @@ void CheckAround(const std::vector<Expected>& expected, const Dispatch* dispatch
 void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const AttentionParams& params = plan.params;
   std::map<std::uint32_t, std::uint64_t> words;
-  for (const auto& [slot, offset, bytes] : plan.scratch) {
-    EXPECT(words.emplace(slot, bytes / 4).second);
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    EXPECT(!part.in_out && words.emplace(part.operand, part.bytes / 4).second);
   }
   const std::uint64_t heads = std::uint64_t{params.kv_heads} * params.batch_count;
   const std::uint64_t super_tiles = DivideUp(params.keys, 16 * params.super_tile_granules);

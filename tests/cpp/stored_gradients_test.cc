@@ -38,8 +38,8 @@ AttentionProblem RandomBackward(Random& random) {
 
 // Bytes of the scratch of a slot; 0: it has none.
 std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
-  for (const auto& [operand, offset, bytes] : plan.scratch) {
-    if (operand == slot) return bytes;
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    if (part.operand == slot) return part.bytes;
   }
   return 0;
 }

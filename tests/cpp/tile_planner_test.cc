@@ -3,6 +3,7 @@
 #include "tile_planner_test.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <stdexcept>
 
@@ -90,8 +91,8 @@ void CheckPlanning(const AttentionProblem& problem, const DeviceTraits& traits,
     words[OPERAND_SEGMENT_RANGES] = 2 * (std::uint64_t{params.coarse_rows} + params.plan_tiles);
   }
   EXPECT(plan.scratch.size() == words.size());
-  for (const auto& [slot, offset, bytes] : plan.scratch) {
-    EXPECT(offset % 256 == 0 && bytes >= 4 * words.at(slot) * params.batch_count);
+  for (const auto& [slot, offset, bytes, in_out] : plan.scratch) {
+    EXPECT(!in_out && offset % 256 == 0 && bytes >= 4 * words.at(slot) * params.batch_count);
     std::uint64_t stride = words.at(slot);
     for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
       EXPECT(params.operand[slot].batch_stride[axis] == (params.batch[axis] == 1 ? 0 : stride));
@@ -113,7 +114,6 @@ void CheckScratchOfPlan(const AttentionProblem& problem, const DispatchPlan& pla
     }
     const auto part = std::ranges::find(plan.scratch, slot, &DispatchPlan::Scratch::operand);
     EXPECT(part != plan.scratch.end() && part->bytes >= 4 * stride);
-    EXPECT(part->offset + part->bytes <= plan.scratch_bytes);
   };
   const auto check = [&](std::uint32_t slot, std::uint32_t rows, std::uint32_t row_words) {
     if (problem.keeps_levels) {
@@ -134,11 +134,59 @@ void CheckScratchOfPlan(const AttentionProblem& problem, const DispatchPlan& pla
   check_batch(OPERAND_LIST_ENTRIES, params.list_capacity);
 }
 
+// The steps of a call, which barriers divide, in which scratch is used: the first and the last.
+struct Use {
+  int first, last;
+};
+enum Step { kBefore, kRouting, kLevels, kLists, kAttention };
+
+Use UseOf(std::uint32_t slot) {
+  switch (slot) {
+    case OPERAND_KEY_SUMMARIES:
+    case OPERAND_ROUTER_SCRATCH:
+      return {kRouting, kRouting};
+    case OPERAND_PRICES:
+      return {kRouting, kLevels};
+    case OPERAND_LEVELS:
+      return {kLevels, kLists};
+    case OPERAND_LIST_ENTRIES:
+      return {kLists, kAttention};
+    default:
+      return {kBefore, kAttention};
+  }
+}
+
+// Bytes of the output that a call may use as it likes until it writes it.
+std::uint64_t OutBytes(const AttentionParams& params, std::uint32_t dtype) {
+  return std::uint64_t{params.batch_count} * params.queries * params.query_heads * params.head_dim *
+         (dtype == DTYPE_F32 ? 4 : 2);
+}
+
+// What a call uses at a time lies apart, within scratch or within the output; there nothing that is
+// used once the kernels of attention begin.
+void CheckPlaces(const AttentionProblem& problem, const DispatchPlan& plan) {
+  const std::uint64_t out_bytes = OutBytes(plan.params, problem.dtype);
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    const Use use = UseOf(part.operand);
+    EXPECT(part.offset % 256 == 0);
+    EXPECT(part.offset + part.bytes <= (part.in_out ? out_bytes : plan.scratch_bytes));
+    EXPECT(!part.in_out || (problem.pass == Pass::kForward && use.last < kAttention));
+    for (const DispatchPlan::Scratch& other : plan.scratch) {
+      if (&other == &part || other.in_out != part.in_out) continue;
+      const Use other_use = UseOf(other.operand);
+      EXPECT(other.operand != part.operand);
+      EXPECT(use.last < other_use.first || other_use.last < use.first ||
+             part.offset + part.bytes <= other.offset || other.offset + other.bytes <= part.offset);
+    }
+  }
+}
+
 // A forward call that makes its plan first makes it alike, then waits for it.
 void CheckPlanningForward(AttentionProblem problem, const DeviceTraits& traits,
                           const std::vector<Dispatch>& planning) {
   problem.pass = Pass::kForward;
   const DispatchPlan plan = PlanAttention(problem, traits);
+  CheckPlaces(problem, plan);
   EXPECT(plan.dispatches.size() > planning.size());
   if (!problem.keeps_lists) CheckScratchOfPlan(problem, plan);
   for (std::size_t i = 0; i < plan.dispatches.size(); ++i) {
@@ -168,10 +216,10 @@ void CheckPrices(const AttentionProblem& problem, const DispatchPlan& plan) {
   EXPECT(params.priced_key_tiles == (is_brief ? params.judged_key_tiles : 0));
   const std::uint64_t row = is_brief ? brief : granules;
   EXPECT(params.operand[OPERAND_PRICES].row_stride == row);
-  for (const auto& [slot, offset, bytes] : plan.scratch) {
-    if (slot != OPERAND_PRICES) continue;
+  for (const DispatchPlan::Scratch& part : plan.scratch) {
+    if (part.operand != OPERAND_PRICES) continue;
     const std::uint64_t lists = problem.params.query_heads / TileHeads(params);
-    EXPECT(bytes >= 4 * row * params.plan_tiles * lists * params.batch_count);
+    EXPECT(part.bytes >= 4 * row * params.plan_tiles * lists * params.batch_count);
     return;
   }
   EXPECT(false);
@@ -187,8 +235,15 @@ void FuzzRouting() {
     const std::uint32_t key_tiles = KeyTiles(problem.params);
     problem.params.judged_key_tiles = Pick(random, {1, std::max(1u, key_tiles / 5), key_tiles});
     problem.params.candidate_share = Chance(random) ? 0.1f : 0.0f;
+    const DeviceTraits traits = RandomTraits(random);
     try {
-      CheckPrices(problem, PlanAttention(problem, RandomTraits(random)));
+      CheckPrices(problem, PlanAttention(problem, traits));
+      problem.pass = Pass::kForward;
+      problem.keeps_lists = Chance(random);
+      problem.keeps_levels = problem.keeps_lists || Chance(random);
+      const DispatchPlan plan = PlanAttention(problem, traits);
+      CheckPrices(problem, plan);
+      CheckPlaces(problem, plan);
     } catch (const std::invalid_argument& error) {
       EXPECT(std::string(error.what()).find("split") != std::string::npos);
     }
@@ -220,7 +275,7 @@ void TestSharedNotes() {
 }
 
 // Of a plan that nobody keeps all is scratch; entries of lists may lie where prices were and what
-// these are made from, levels where that was, and nothing else may share its place.
+// these are made from, levels where that was.
 void TestScratchOfPlans() {
   ExampleCall call = PlannedCall("float32");
   const DeviceTraits traits = LargeDevice();
@@ -229,6 +284,7 @@ void TestScratchOfPlans() {
     call.list_capacity = capacity;
     const DispatchPlan plan = ExamplePlan(call, traits);
     EXPECT(plan.dispatches.size() == kept.dispatches.size());
+    CheckPlaces(ExampleProblem(call), plan);
     std::map<std::uint32_t, DispatchPlan::Scratch> parts;
     for (const DispatchPlan::Scratch& part : plan.scratch) parts.emplace(part.operand, part);
     const std::uint64_t tiles = std::uint64_t{2} * plan.params.plan_tiles;
@@ -237,20 +293,47 @@ void TestScratchOfPlans() {
     EXPECT(parts.at(OPERAND_LIST_ENTRIES).bytes >= std::uint64_t{8} * capacity);
     EXPECT(parts.at(OPERAND_LAMBDA).bytes >= 8);
     EXPECT(plan.params.list_capacity == 2 * capacity);
-    for (const auto& [slot, part] : parts) {
-      EXPECT(part.offset + part.bytes <= plan.scratch_bytes);
-      for (const auto& [other_slot, other] : parts) {
-        const bool apart =
-            part.offset + part.bytes <= other.offset || other.offset + other.bytes <= part.offset;
-        const auto share = [](std::uint32_t early, std::uint32_t late) {
-          const bool of_router = early == OPERAND_KEY_SUMMARIES || early == OPERAND_ROUTER_SCRATCH;
-          return late == OPERAND_LIST_ENTRIES ? of_router || early == OPERAND_PRICES
-                                              : late == OPERAND_LEVELS && of_router;
-        };
-        EXPECT(slot == other_slot || apart || share(slot, other_slot) || share(other_slot, slot));
-      }
+  }
+}
+
+// Where planning lies: in the output as far as that has room, the rest where entries of lists lie
+// later. Long calls are not to take much more than their operands and results.
+void TestPlanningInOut() {
+  constexpr std::uint32_t kOfPlanning[] = {OPERAND_PRICES, OPERAND_KEY_SUMMARIES,
+                                           OPERAND_ROUTER_SCRATCH, OPERAND_LEVELS};
+  struct Case {
+    std::uint32_t query_tile;
+    float candidate_share;
+    std::uint32_t list_capacity;  // by router.py, of budget=0.03; 0: the plan is kept
+    double mebibytes;
+    bool has_slabs;  // in the output
+  };
+  for (const Case& expected :
+       {Case{128, 0.0f, 7817604, 72.2, true}, Case{128, 0.0625f, 6769020, 166.8, false},
+        Case{256, 0.0f, 3880130, 162.5, false}, Case{128, 0.0f, 0, 12.4, true}}) {
+    ExampleCall call = PlannedCall("bfloat16");
+    call.queries = call.keys = 131072;
+    call.judged_key_tiles = 64;
+    call.query_tile = expected.query_tile;
+    call.candidate_share = expected.candidate_share;
+    call.list_capacity = expected.list_capacity;
+    AttentionProblem problem = ExampleProblem(call);
+    const DispatchPlan plan = PlanAttention(problem, LargeDevice());
+    CheckPlaces(problem, plan);
+    EXPECT(std::abs(std::ldexp(plan.scratch_bytes, -20) - expected.mebibytes) < 0.1);
+    std::uint64_t of_planning = 0;
+    for (const DispatchPlan::Scratch& part : plan.scratch) {
+      const bool is_planning = std::ranges::find(kOfPlanning, part.operand) != kOfPlanning + 4;
+      const bool fits = part.operand != OPERAND_ROUTER_SCRATCH || expected.has_slabs;
+      EXPECT(part.in_out == (is_planning && fits));
+      of_planning += is_planning;
     }
-    EXPECT(parts.at(OPERAND_LIST_ENTRIES).offset == parts.at(OPERAND_PRICES).offset);
+    EXPECT(of_planning == (expected.list_capacity == 0 ? 3 : 4));
+    // Where the output is part of something else, that is not to be written.
+    problem.params.operand[OPERAND_OUT].row_stride += 8;
+    const DispatchPlan apart = PlanAttention(problem, LargeDevice());
+    EXPECT(std::ranges::none_of(apart.scratch, &DispatchPlan::Scratch::in_out));
+    EXPECT(apart.scratch_bytes > plan.scratch_bytes);
   }
 }
 

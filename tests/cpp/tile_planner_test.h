@@ -11,5 +11,6 @@ void FuzzRouting();
 void FuzzMeans();
 void TestCorrection();
 void TestScratchOfPlans();
+void TestPlanningInOut();
 
 }  // namespace jax_aat
