@@ -17,6 +17,8 @@ const char* ModuleSuffix(std::uint32_t dtype) {
   return dtype == DTYPE_F32 ? "f32" : dtype == DTYPE_F16 ? "f16" : "bf16";
 }
 
+std::uint64_t ElementBytes(std::uint32_t dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
+
 // Bytes of out that nothing has to be kept in before the kernels of attention write it: none where
 // it is given, or where what lies between its elements may be somebody else's.
 std::uint64_t OutRoom(const AttentionProblem& problem) {
@@ -35,7 +37,7 @@ std::uint64_t OutRoom(const AttentionProblem& problem) {
   for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
     take(params.batch[axis], out.batch_stride[axis]);
   }
-  return is_dense ? elements * (problem.dtype == DTYPE_F32 ? 4 : 2) : 0;
+  return is_dense ? elements * ElementBytes(problem.dtype) : 0;
 }
 
 PlanBuilder::Ends Larger(const PlanBuilder::Ends& a, const PlanBuilder::Ends& b) {
@@ -115,13 +117,18 @@ void PlanBuilder::EndSharedScratch() { ends_ = Larger(ends_, shared_end_); }
 
 void PlanBuilder::AddScratchFrom(const Ends& least) { ends_ = Larger(ends_, least); }
 
-void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t words, Life life) {
-  std::uint64_t stride = words;
+void PlanBuilder::AddBatchRows(std::uint32_t slot, std::uint64_t elements) {
+  AddBatchScratch(slot, elements, ElementBytes(problem_.dtype), Life::kCall);
+}
+
+void PlanBuilder::AddBatchScratch(std::uint32_t slot, std::uint64_t elements,
+                                  std::uint64_t element_bytes, Life life) {
+  std::uint64_t stride = elements;
   for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
     params_.operand[slot].batch_stride[axis] = params_.batch[axis] == 1 ? 0 : CheckedStride(stride);
     stride *= params_.batch[axis];
   }
-  AddScratch(slot, CheckedStride(stride) * std::uint64_t{4}, life);
+  AddScratch(slot, CheckedStride(stride) * element_bytes, life);
 }
 
 DispatchPlan PlanBuilder::Finish(const char* path) {

@@ -62,7 +62,11 @@ class PlanBuilder {
   // That of planning lies in out where the call has this result and it has room left.
   void AddScratch(std::uint32_t slot, std::uint64_t bytes, Life life = Life::kCall);
   // Scratch of so many words a batch entry; sets the strides along batch axes.
-  void AddBatchScratch(std::uint32_t slot, std::uint64_t words, Life life = Life::kCall);
+  void AddBatchScratch(std::uint32_t slot, std::uint64_t words, Life life = Life::kCall) {
+    AddBatchScratch(slot, words, sizeof(std::uint32_t), life);
+  }
+  // Likewise of so many elements in the dtype of the keys.
+  void AddBatchRows(std::uint32_t slot, std::uint64_t elements);
 
   // Where what is added next lies, in scratch and in out.
   struct Ends {
@@ -84,6 +88,8 @@ class PlanBuilder {
  private:
   // 0 where the driver may choose among several.
   std::uint32_t KnownSubgroupSize(const KernelShape& shape) const;
+  void AddBatchScratch(std::uint32_t slot, std::uint64_t elements, std::uint64_t element_bytes,
+                       Life life);
 
   const AttentionProblem& problem_;
   const DeviceTraits& traits_;

@@ -158,7 +158,7 @@ class StatePlanner {
     layout.row_stride = params_.head_dim;
     layout.head_stride = CheckedStride(a_head);
     CheckIndex(a_head, "coarse rows");
-    builder_.AddBatchScratch(slot, a_head * params_.kv_heads);
+    builder_.AddBatchRows(slot, a_head * params_.kv_heads);
   }
 
   // Scratch of two float32 a row.

@@ -133,8 +133,14 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   const std::uint64_t super_tiles = DivideUp(params.keys, 16 * params.super_tile_granules);
   const std::uint64_t state =
       16 * DivideUp(params.head_dim, 4) * (DivideUp(params.head_dim, 4) + 1);
-  const std::uint64_t coarse = heads * params.coarse_rows * params.head_dim;
-  EXPECT(words[OPERAND_COARSE_K] >= coarse && words[OPERAND_COARSE_V] >= coarse);
+  // In the dtype of the keys.
+  const std::uint64_t elements_of_word = problem.dtype == DTYPE_F32 ? 1 : 2;
+  const auto has_rows = [&](std::uint32_t slot, std::uint64_t rows) {
+    const std::uint64_t least = DivideUp(heads * rows * params.head_dim, elements_of_word);
+    EXPECT(words[slot] >= least && words[slot] < least + 64);
+  };
+  has_rows(OPERAND_COARSE_K, params.coarse_rows);
+  has_rows(OPERAND_COARSE_V, params.coarse_rows);
   if (problem.features & FEATURE_CORRECTS) {
     EXPECT(words[OPERAND_STATE] >= heads * (super_tiles + 1) * state);
     if (problem.pass == Pass::kBackward || !CorrectsItself(plan)) {
@@ -151,8 +157,8 @@ void CheckScratch(const AttentionProblem& problem, const DispatchPlan& plan) {
   };
   std::uint64_t sums = 0;
   for (std::uint64_t row = 0; row < params.coarse_rows; ++row) sums += parts_of_row(row);
-  EXPECT(words[OPERAND_DCOARSE_K] >= sums * heads * params.head_dim);
-  EXPECT(words[OPERAND_DCOARSE_V] >= sums * heads * params.head_dim);
+  has_rows(OPERAND_DCOARSE_K, sums);
+  has_rows(OPERAND_DCOARSE_V, sums);
   for (const Dispatch& dispatch : plan.dispatches) {
     if (dispatch.key_rows != KeyRows::kCoarse) continue;
     EXPECT(dispatch.specialization.at(13) == parts_of_lists.of_means);
