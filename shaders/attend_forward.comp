@@ -70,7 +70,7 @@ void finish_row(uint row, uint position, uint first_head, uint part) {
   View view = view_of(OPERAND_LSE, first_head, 2);
   store_float(view.base, row_start(view, position, head),
               empty ? EMPTY_LOGSUMEXP : row_maximum + log_accurate(row_sum));
-  if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, first_head, position, head, shares);
+  if (has(FEATURE_SHARES)) store_levels_pair(OPERAND_SHARES, first_head, position, head, shares);
   if (has(FEATURE_ROW_COUNTS)) {
     View counts_view = view_of(OPERAND_ROW_COUNTS, first_head, 2);
     uint start = row_start(counts_view, position, head);

@@ -432,7 +432,7 @@ void attend_tile() {
       float lse = total == 0.0 ? EMPTY_LOGSUMEXP : (reference_of(r) + log2(total)) * LN_2;
       Words(lse_view.base).word[at] = floatBitsToUint(lse);
     }
-    if (has(FEATURE_PLAN)) store_levels_pair(OPERAND_SHARES, tile, r, shares[r]);
+    if (has(FEATURE_SHARES)) store_levels_pair(OPERAND_SHARES, tile, r, shares[r]);
     if (has(FEATURE_ROW_COUNTS)) store_row_counts(r);
   }
   if (CORRECTS) correct(shares);

@@ -43,7 +43,7 @@ void main() {
   view = view_of(OPERAND_LSE, head, 2);
   store_float(view.base, row_start(view, position, 0),
               empty ? EMPTY_LOGSUMEXP : top + log_accurate(sum));
-  if (has(FEATURE_PLAN)) {
+  if (has(FEATURE_SHARES)) {
     view = view_of(OPERAND_SHARES, head, 2);
     uint start = row_start(view, position, 0);
     store_float(view.base, start, share_sums.x * share);

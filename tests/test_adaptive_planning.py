@@ -197,8 +197,11 @@ def test_a_plan_that_nobody_reads_is_no_result(goal, rng, set_traced):
     )
     plan = plan_tiles(*operands, adaptation, is_causal=True, implementation="vulkan")
 
+    shares = "f32[{},{},{},2]".format(*operands[0].shape[:3])
+
     def ran(function):
         call = jax.jit(function).lower(*operands).compile()
+        assert (shares in call.as_text()) == (function is not attend)
         return call(*operands), call.memory_analysis().temp_size_in_bytes
 
     def loss(*operands):

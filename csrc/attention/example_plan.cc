@@ -67,6 +67,8 @@ AttentionProblem ExampleProblem(const ExampleCall& call) {
     set(FEATURE_PLAN);
     if (!is_plan) set(FEATURE_MAKES_MEANS);
     if (!is_plan && call.corrects) set(FEATURE_CORRECTS | FEATURE_LEVEL_BIAS);
+    // As of a plan: what nobody reads is no result.
+    if (problem.pass == Pass::kForward && problem.keeps_levels) set(FEATURE_SHARES);
     const bool may_plan = is_plan || problem.pass == Pass::kForward;
     if (may_plan && call.level_count > 0) set(FEATURE_MAKES_LISTS | FEATURE_SPARE_ROWS);
     if (is_backward) set(FEATURE_DCOARSE_K | FEATURE_DCOARSE_V);

@@ -46,7 +46,10 @@ constexpr std::uint32_t kScoreFeatures =
 class Planner {
  public:
   Planner(const AttentionProblem& problem, const DeviceTraits& traits)
-      : problem_(problem), traits_(traits), builder_(problem, traits), params_(builder_.params()) {}
+      : problem_(problem),
+        traits_(traits),
+        builder_(problem_, traits),
+        params_(builder_.params()) {}
 
   DispatchPlan Plan() {
     if (!Has(FEATURE_PLAN)) pairs_ = CountPairs(problem_);
@@ -78,8 +81,13 @@ class Planner {
   bool Has(std::uint32_t feature) const { return builder_.Has(feature); }
 
   void PlanForward() {
-    std::uint32_t features = kScoreFeatures | FEATURE_ROW_COUNTS;
+    std::uint32_t features = kScoreFeatures | FEATURE_ROW_COUNTS | FEATURE_SHARES;
     const bool corrects = CorrectsInRegisters();
+    if (Has(FEATURE_CORRECTS) && !corrects && !Has(FEATURE_SHARES)) {
+      // What corrects later reads them, if nobody else does.
+      AddShares(builder_);
+      problem_.features |= FEATURE_SHARES;
+    }
     if (corrects) features |= FEATURE_CORRECTS;
     if (Has(FEATURE_MAKES_MEANS)) AddMeans(builder_, /*with_level_biases=*/!corrects);
     if (Has(FEATURE_MAKES_LISTS)) AddTilePlan(builder_);
@@ -271,7 +279,7 @@ class Planner {
     const std::uint64_t rows =
         std::uint64_t{params_.queries} * params_.query_heads * params_.batch_count;
     builder_
-        .Add(builder_.ModuleName(shape), shape, FEATURE_PLAN,
+        .Add(builder_.ModuleName(shape), shape, FEATURE_PLAN | FEATURE_SHARES,
              DivideUp(rows * DivideUp(params_.head_dim, 4), kMergeThreads))
         .specialization.push_back(parts);
   }
@@ -472,9 +480,9 @@ class Planner {
     return {DivideUp(rows, shape.tile_rows), std::uint64_t{params_.kv_heads} * params_.batch_count};
   }
 
-  const AttentionProblem& problem_;
+  AttentionProblem problem_;
   const DeviceTraits& traits_;
-  PlanBuilder builder_;
+  PlanBuilder builder_;  // of that problem
   AttentionParams& params_;
   const KernelFamily* family_ = nullptr;  // the most preferred of those that serve the plan
   double pairs_ = std::numeric_limits<double>::quiet_NaN();  // the device knows those of a plan

@@ -67,6 +67,17 @@ class StatePlanner {
     }
   }
 
+  // Scratch of two float32 a row.
+  void AddLevelPairs(std::uint32_t slot) {
+    OperandLayout& layout = params_.operand[slot];
+    layout.column_stride = 1;
+    layout.head_stride = 2;
+    layout.row_stride = 2 * params_.query_heads;
+    const std::uint64_t words = std::uint64_t{2} * params_.queries * params_.query_heads;
+    CheckIndex(words, "level biases");
+    builder_.AddBatchScratch(slot, words);
+  }
+
   void AddMeansGradients() {
     constexpr std::uint32_t kFeatures = kStateFeatures | FEATURE_DOUT;
     builder_.AddBarrier();
@@ -161,17 +172,6 @@ class StatePlanner {
     builder_.AddBatchRows(slot, a_head * params_.kv_heads);
   }
 
-  // Scratch of two float32 a row.
-  void AddLevelPairs(std::uint32_t slot) {
-    OperandLayout& layout = params_.operand[slot];
-    layout.column_stride = 1;
-    layout.head_stride = 2;
-    layout.row_stride = 2 * params_.query_heads;
-    const std::uint64_t words = std::uint64_t{2} * params_.queries * params_.query_heads;
-    CheckIndex(words, "level biases");
-    builder_.AddBatchScratch(slot, words);
-  }
-
   void AddStates(std::uint32_t slot, std::uint64_t states) {
     const std::uint64_t a_head = states * 4 * StateVectors();
     CheckIndex(a_head, "states");
@@ -188,6 +188,8 @@ class StatePlanner {
 void AddMeans(PlanBuilder& builder, bool with_level_biases) {
   StatePlanner(builder).AddMeans(with_level_biases);
 }
+
+void AddShares(PlanBuilder& builder) { StatePlanner(builder).AddLevelPairs(OPERAND_SHARES); }
 
 void AddCorrection(PlanBuilder& builder) { StatePlanner(builder).AddCorrection(); }
 

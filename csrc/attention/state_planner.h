@@ -8,6 +8,9 @@ namespace jax_aat {
 // Coarse rows, the state and, unless attention makes them itself, the biases it gives them.
 void AddMeans(PlanBuilder& builder, bool with_level_biases);
 
+// Scratch for the shares that the correction reads, where they are no result.
+void AddShares(PlanBuilder& builder);
+
 // What the state adds to the output of attention.
 void AddCorrection(PlanBuilder& builder);
 

@@ -73,7 +73,8 @@ PassSlots SlotsOf(Pass pass, const CallAttributes& attributes) {
   if (pass == Pass::kForward && (attributes.operands & kGoals)) {
     // Makes its plan itself.
     PassSlots slots = SlotsOfPlanning(attributes, /*attends=*/true);
-    slots.required_results |= kOut | Bit(OPERAND_SHARES);
+    slots.required_results |= kOut;
+    slots.optional_results |= Bit(OPERAND_SHARES);
     return slots;
   }
   const bool planned = (attributes.operands & (kLevelsAndLists | kMeans)) != 0;
@@ -392,6 +393,7 @@ class CallBuilder {
     SetFeature(FEATURE_DCOARSE_V, Has(OPERAND_DCOARSE_V));
     SetFeature(FEATURE_DLEVEL_BIAS, Has(OPERAND_DLEVEL_BIAS));
     SetFeature(FEATURE_ROW_COUNTS, Has(OPERAND_ROW_COUNTS));
+    SetFeature(FEATURE_SHARES, problem().pass == Pass::kForward && Has(OPERAND_SHARES));
     if (problem().pass == Pass::kBackward) {
       SetFeature(FEATURE_DOUT, Has(OPERAND_DOUT));
       SetFeature(FEATURE_DLSE, Has(OPERAND_DLSE));

@@ -218,8 +218,9 @@ def _forward_jvp(
 ) -> tuple[list[Any], list[Any]]:
     operands = by_slot(slots, primals)
     wanted = params["results"]
-    # The derivative needs the lists that may have been dead code before (`_without_lists`).
-    missing = (slot for slot in _plan_slots(operands) if slot not in wanted)
+    # The derivative needs what may have been dead code before (`_without_dead_results`).
+    needed = (*_ATTENTION, *_plan_slots(operands))
+    missing = (slot for slot in needed if slot not in wanted)
     params |= {"results": (*wanted, *missing)}
     values = rules.bind(rules.planned_forward_p, operands, **params)
     results = dict(zip(params["results"], values, strict=True))
@@ -235,11 +236,11 @@ def _forward_jvp(
     return [results[slot] for slot in wanted], [derivatives[slot] for slot in wanted]
 
 
-def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+def _without_dead_results(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
     """Dead code: transposed lists serve backward passes alone, and take long to make.
 
     What nobody reads of a plan besides the call itself, its lists or all of it, may share its
-    memory with what it is made from.
+    memory with what it is made from. Shares serve derivatives, too.
     """
     if not any(used):
         return [False] * len(equation.invars), None
@@ -253,6 +254,8 @@ def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
         dead = _PLAN
     elif attends and Slot.LIST_ENTRIES not in wanted:
         dead = (Slot.LIST_ENTRIES, *KEY_LISTS)
+    if Slot.SHARES not in wanted:
+        dead = (*dead, Slot.SHARES)
     kept = [i for i, slot in enumerate(results) if slot not in dead]
     equation = equation.replace(
         outvars=[equation.outvars[i] for i in kept],
@@ -262,7 +265,7 @@ def _without_lists(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
 
 
 for _primitive in (rules.planned_forward_p, rules.plan_p):
-    register_dead_code(_primitive, _without_lists)
+    register_dead_code(_primitive, _without_dead_results)
 
 rules.register_abstract_eval(rules.planned_forward_p, _result_types)
 rules.register_lowering(rules.planned_forward_p, _planned, _result_types, "jax_aat_forward")

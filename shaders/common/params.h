@@ -96,6 +96,7 @@ using uint = std::uint32_t;
 #define FEATURE_DCOARSE_V 262144
 #define FEATURE_DLEVEL_BIAS 524288
 #define FEATURE_DSHARES 1048576      // cotangent of shares given (backward)
+#define FEATURE_SHARES 1048576       // shares wanted (forward)
 #define FEATURE_ROW_COUNTS 2097152   // row counts wanted (forward)
 #define FEATURE_COARSE_TILE 4194304  // the kernel's key tiles are of coarse rows (backward)
 // What a call that makes a plan is given:

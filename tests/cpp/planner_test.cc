@@ -409,6 +409,7 @@ int main() {
   jax_aat::TestCorrection();
   jax_aat::TestScratchOfPlans();
   jax_aat::TestPlanningInOut();
+  jax_aat::TestShares();
   jax_aat::Refusals();
   return 0;
 }

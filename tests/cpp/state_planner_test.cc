@@ -216,6 +216,35 @@ void FuzzMeans() {
   }
 }
 
+// They are written where they are a result or the correction reads them.
+void TestShares() {
+  for (const char* dtype : {"bfloat16", "float16"}) {
+    for (const std::uint32_t queries : {1u, 1024u}) {  // workgroups share a list, or do not
+      for (const std::uint32_t capacity : {0u, 4096u}) {
+        ExampleCall call = PlannedCall(dtype);
+        call.causal = false;
+        call.queries = queries;
+        call.keys = 8192;
+        call.list_capacity = capacity;
+        const DispatchPlan plan = ExamplePlan(call, LargeDevice());
+        const bool is_apart = Find(plan, "state_correction") != nullptr;
+        const bool is_scratch = is_apart && capacity > 0;
+        const auto part =
+            std::ranges::find(plan.scratch, OPERAND_SHARES, &DispatchPlan::Scratch::operand);
+        EXPECT((part != plan.scratch.end()) == is_scratch);
+        EXPECT(!is_scratch || part->bytes >= std::uint64_t{8} * queries * call.query_heads);
+        for (const Dispatch& dispatch : plan.dispatches) {
+          const bool merges = StartsWith(dispatch.shader, "merge_parts");
+          if (!merges && !StartsWith(dispatch.shader, "attend_forward")) continue;
+          EXPECT(((dispatch.specialization[2] & FEATURE_SHARES) != 0) ==
+                 (is_apart || capacity == 0));
+          EXPECT(!merges || queries == 1);
+        }
+      }
+    }
+  }
+}
+
 // In the kernel of attention where that is on matrices, else after it.
 void TestCorrection() {
   ExampleCall call = PlannedCall("bfloat16");

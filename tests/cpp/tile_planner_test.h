@@ -12,5 +12,6 @@ void FuzzMeans();
 void TestCorrection();
 void TestScratchOfPlans();
 void TestPlanningInOut();
+void TestShares();
 
 }  // namespace jax_aat
