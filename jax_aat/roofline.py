@@ -27,7 +27,7 @@ class Ceilings:
     Attributes:
       device: Name of the device.
       matrix_flops: FLOP/s by dtype of the operands, as the kernels of that dtype multiply: by
-        cooperative matrices where the device has them in a known layout, else in float32. From
+        cooperative matrices where kernels use those of the device, else in float32. From
         registers, which no kernel that reads memory reaches.
       bandwidth: Bytes a second that a copy reads and writes.
     """

@@ -14,15 +14,15 @@ float to_log2, change_factor;
 Left q[ROW_TILES][DIM_TILES], dq[ROW_TILES][DIM_TILES];
 Accumulator sums[ROW_TILES][DIM_TILES];
 float reference[ROWS];
-float tangent[ROWS];         // sum of P dS in the lane's columns
-vec2 level_tangent[ROWS];    // of coarse rows alone
+float tangent[ROWS];       // sum of P dS in the lane's columns
+vec2 level_tangent[ROWS];  // of coarse rows alone
 View bias_tangent_view;
 
-// What the walk's rows bring along; what is not given counts as zero. All known at compile time.
+// What the walk's rows bring along; what is not given counts as zero.
 struct Tangents {
   Source keys;
   Source values;
-  bool has_keys;
+  bool has_keys;  // known at compile time, both
   bool has_values;
 };
 
@@ -188,14 +188,13 @@ void subtract_mean(View out_view, float gain) {
     exchange_in(out_view, tile, t, false);
     barrier();
     [[unroll]] for (uint d = 0; d < DIM_TILES; ++d) {
-      Rounded loaded;
-      coopMatLoad(loaded, staged, exchange_start() + 2 * d, PITCH, ROW_MAJOR);
-      Accumulator result = Accumulator(loaded);
-      to_known(result);
       to_known(sums[t][d]);
       [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
-        uint r = t * LANE_ROWS + i / LANE_COLUMNS;
-        sums[t][d][i] = fma(-tangent[r], result[i], sums[t][d][i] * gain);
+        uint r = t * LANE_ROWS + i / LANE_COLUMNS, column = element_column(i);
+        uint at = exchange_start() + element_row(i) * PITCH + 2 * d + column / 8;
+        uint pair = staged[at][column % 8 / 2];
+        float result = from_16_bits(bitfieldExtract(pair, int(16 * (column % 2)), 16), DTYPE);
+        sums[t][d][i] = fma(-tangent[r], result, sums[t][d][i] * gain);
       }
       to_own(sums[t][d]);
     }

@@ -16,23 +16,24 @@ layout(buffer_reference, std430, buffer_reference_align = 4) writeonly buffer Wo
 
 layout(push_constant) uniform Push { uvec2 address; };
 
-shared float numbers[256];
-shared uint packed[128], identity[128];
+// Of vectors, as those of kernels are: four numbers, or eight of 16 bits, in one.
+shared vec4 numbers[64];
+shared uvec4 packed[32], identity[32];
 
 void main() {
   uint lane = gl_SubgroupInvocationID;
-  for (uint i = lane; i < 256; i += 32) numbers[i] = float(i);
+  for (uint i = lane; i < 256; i += 32) numbers[i / 4][i % 4] = float(i);
   // Pairs of 16-bit numbers: all below 256, so exact in both types.
   for (uint i = lane; i < 128; i += 32) {
-    packed[i] = packed_pair(float(2 * i), float(2 * i + 1));
+    packed[i / 4][i % 4] = packed_pair(float(2 * i), float(2 * i + 1));
     uint row = i / 8, column = i % 8 * 2;
-    identity[i] = packed_pair(float(row == column), float(row == column + 1));
+    identity[i / 4][i % 4] = packed_pair(float(row == column), float(row == column + 1));
   }
   barrier();
   Accumulator accumulator;
   Left left;
-  coopMatLoad(accumulator, numbers, 0, 16, ROW_MAJOR);
-  coopMatLoad(left, packed, 0, 8, ROW_MAJOR);
+  coopMatLoad(accumulator, numbers, 0, 4, ROW_MAJOR);
+  coopMatLoad(left, packed, 0, 2, ROW_MAJOR);
   if (RELAYS) {
     to_known(accumulator);
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) left[i] = Element(accumulator[i]);
@@ -40,7 +41,7 @@ void main() {
     to_known(accumulator);
     to_own(left);
     Right factor;
-    coopMatLoad(factor, identity, 0, 8, ROW_MAJOR);
+    coopMatLoad(factor, identity, 0, 2, ROW_MAJOR);
     Accumulator product = coopMatMulAdd(left, factor, Accumulator(0.0));
     to_known(product);
     [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {

@@ -55,7 +55,8 @@ KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
       shape.has_careful_pass = true;
       break;
     case Kernel::kTangent:
-      if (wide) return {};
+      // Tangents may be of any size: float16 has no range for them beside weights.
+      if (wide || problem.dtype == DTYPE_F16) return {};
       shape = {"attend_tangent_coopmat", narrow ? 128u : 256u, 128, narrow ? 32u : 16u};
       break;
     case Kernel::kBackwardDq:

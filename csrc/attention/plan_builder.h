@@ -68,6 +68,9 @@ class PlanBuilder {
   // Likewise of so many elements in the dtype of the keys.
   void AddBatchRows(std::uint32_t slot, std::uint64_t elements);
 
+  // Bytes that planning may still take of out.
+  std::uint64_t out_room() const { return out_room_ - ends_.out; }
+
   // Where what is added next lies, in scratch and in out.
   struct Ends {
     std::uint64_t scratch = 0, out = 0;

@@ -174,7 +174,12 @@ class Planner {
   // what it reads.
   bool StoreScoreGradients(KernelShape& dq_shape) {
     const KernelShapes stored = CoopmatShapes(Kernel::kBackwardDqStored, problem_, traits_);
-    if (stored.empty()) return false;
+    const KernelShapes storing = CoopmatShapes(Kernel::kBackwardDkv, problem_, traits_);
+    // Both look at tiles of keys of as many rows.
+    if (stored.empty() || storing.empty() ||
+        stored.front().tile_rows != storing.front().tile_rows) {
+      return false;
+    }
     constexpr std::uint64_t kTileRows = 128;  // as in shaders/common/score_gradients.glsl
     const std::uint64_t chunks = params_.query_heads / params_.kv_heads / TileHeads(params_);
     const std::uint64_t rows =
@@ -185,7 +190,7 @@ class Planner {
     const std::uint64_t room = traits_.max_score_gradient_bytes / head_bytes;
     // Half of the heads that there is room for are read while the others are written.
     const std::uint64_t stored_heads = room >= heads ? heads : room / 2 * 2;
-    const std::uint64_t step_tiles = stored_heads / 2 * (columns / kTileRows);
+    const std::uint64_t step_tiles = stored_heads / 2 * (columns / stored.front().tile_rows);
     if (stored_heads < heads && step_tiles < (Has(FEATURE_CAUSAL) ? kCausalStep : kStep)) {
       return false;
     }

@@ -113,10 +113,17 @@ double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const Operand
     if (is_merged && leaves_records) continue;
     const bool of_shares = slot == OPERAND_SHARES || slot == OPERAND_DSHARES;
     if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
-    // Gradients of keys and of values may be made by a kernel each.
-    const bool of_keys = Family(dispatch.shader) == "attend_backward_dkv";
-    if (of_keys && slot == OPERAND_DK && !(features & FEATURE_DK)) continue;
-    if (of_keys && slot == OPERAND_DV && !(features & FEATURE_DV)) continue;
+    // Gradients of keys, or coarse rows, and of their values may be made by a kernel each.
+    const auto leaves_out = [&](std::uint32_t exact, std::uint32_t coarse, std::uint32_t feature) {
+      return (slot == exact || slot == coarse) && !(features & feature);
+    };
+    if (Family(dispatch.shader) == "attend_backward_dkv" &&
+        (leaves_out(OPERAND_DK, OPERAND_DCOARSE_K, FEATURE_DK) ||
+         leaves_out(OPERAND_DV, OPERAND_DCOARSE_V, FEATURE_DV) ||
+         leaves_out(OPERAND_DELTA, OPERAND_DELTA, FEATURE_DK) ||
+         leaves_out(OPERAND_SCORE_GRADIENTS, OPERAND_SCORE_GRADIENTS, FEATURE_SCORE_GRADIENTS))) {
+      continue;
+    }
     bytes += operands[slot] + ScratchBytes(plan, slot);
   }
   // Attention on matrices may correct its results itself.

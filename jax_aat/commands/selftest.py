@@ -62,8 +62,8 @@ class Case:
 
 
 _ALL = tuple(_DIRECTIONS)
-# Tangents, of which there is one family of kernels, are run where their dtype, the size of their
-# tiles or what they are given is new.
+# Tangents are run where their kernel, their dtype, the size of their tiles or what they are given
+# is new.
 _NO_TANGENT = ("forward", "gradients")
 _EVERYTHING = Case(
     "everything",
@@ -123,7 +123,15 @@ CASES = (
         on_processors=(),
     ),
     Case("causal window", "bfloat16", 150, 133, causal=True, window=(40, 0), passes=_NO_TANGENT),
-    Case("head_dim 128, one key head", "bfloat16", kv_heads=1, head_dim=128, passes=_NO_TANGENT),
+    Case("head_dim 128, one key head", "bfloat16", kv_heads=1, head_dim=128),
+    Case(
+        "head_dim 256, causal",
+        "bfloat16",
+        head_dim=256,
+        causal=True,
+        passes=_NO_TANGENT,
+        on_processors=(),
+    ),
     _EVERYTHING,
     _ADAPTIVE,
 )

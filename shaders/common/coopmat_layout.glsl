@@ -6,13 +6,16 @@
 #include "common/specialization.glsl"
 
 const bool RELAYS = (FEATURES & FEATURE_RELAYS) != 0;
-const uint RELAY_PITCH = 20;  // words from one row to the next: whole vectors, and few banks alike
+const uint RELAY_PITCH = 5;  // vectors from one row to the next: odd, to meet all banks
 
-// 16 rows of each subgroup.
-shared uint relay[RELAYS ? THREADS / 32 * 16 * RELAY_PITCH : 1];
+// 16 rows of each subgroup, aligned as matrices have to be.
+shared uvec4 relay[RELAYS ? THREADS / 32 * 16 * RELAY_PITCH : 1];
 
 uint relay_start() { return gl_SubgroupID * 16 * RELAY_PITCH; }
-uint relay_at(uint i) { return relay_start() + element_row(i) * RELAY_PITCH + element_column(i); }
+
+// Word `column` of the row of a lane's element i.
+#define RELAY_WORD(i, column) \
+  relay[relay_start() + element_row(i) * RELAY_PITCH + (column) / 4][(column) % 4]
 
 // Two numbers that elements hold exactly.
 uint packed_pair(float first, float second) {
@@ -24,13 +27,17 @@ void to_known(inout Accumulator x) {
   if (!RELAYS) return;
   coopMatStore(x, relay, relay_start(), RELAY_PITCH, ROW_MAJOR);
   sync_subgroup();
-  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) x[i] = uintBitsToFloat(relay[relay_at(i)]);
+  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+    x[i] = uintBitsToFloat(RELAY_WORD(i, element_column(i)));
+  }
   sync_subgroup();
 }
 
 void to_own(inout Accumulator x) {
   if (!RELAYS) return;
-  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) relay[relay_at(i)] = floatBitsToUint(x[i]);
+  [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; ++i) {
+    RELAY_WORD(i, element_column(i)) = floatBitsToUint(x[i]);
+  }
   sync_subgroup();
   coopMatLoad(x, relay, relay_start(), RELAY_PITCH, ROW_MAJOR);
   sync_subgroup();
@@ -39,8 +46,7 @@ void to_own(inout Accumulator x) {
 void to_own(inout Left x) {
   if (!RELAYS) return;
   [[unroll]] for (uint i = 0; i < LANE_ELEMENTS; i += 2) {
-    uint at = relay_start() + element_row(i) * RELAY_PITCH + element_column(i) / 2;
-    relay[at] = packed_pair(float(x[i]), float(x[i + 1]));
+    RELAY_WORD(i, element_column(i) / 2) = packed_pair(float(x[i]), float(x[i + 1]));
   }
   sync_subgroup();
   coopMatLoad(x, relay, relay_start(), RELAY_PITCH, ROW_MAJOR);

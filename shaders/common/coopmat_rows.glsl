@@ -1,7 +1,7 @@
 // Rows of head_dim on their way between global memory, registers and padded shared memory, in
 // vectors of 16 bytes.
 //
-// The two operands of a block lie in one of two stages. While one stage is worked on, the next
+// The operands of a block, two or for tangents four, lie in one of two stages. While one stage is worked on, the next
 // block is on its way in registers, so that one barrier a step is enough. The kernels live at the
 // limit of 255 registers a thread: what a loop keeps in a register and could do without costs a
 // spill.

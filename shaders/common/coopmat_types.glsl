@@ -1,10 +1,11 @@
 // Cooperative matrices of the *_coopmat kernels: 16x16x16 at subgroup scope on 32 lanes, 16-bit
 // factors, float32 accumulators.
 //
-// Which elements a lane holds is left open by the specification, so the runtime probes it
-// (coopmat_layout_probe.comp) and uses these kernels only where it is this: element i of a lane
-// lies in row element_row(i), column element_column(i), of an accumulator and of a left factor
-// alike. So a score becomes a left factor by copying elements, with no trip through shared memory.
+// Which elements a lane holds is left open by the specification. Kernels assume that element i of a
+// lane lies in row element_row(i), column element_column(i), of an accumulator and of a left factor
+// alike, so that a score becomes a left factor by copying elements. The runtime probes it
+// (coopmat_layout_probe.comp); where it is not so, elements make a trip through shared memory
+// (common/coopmat_layout.glsl).
 #define CALL_IN_MEMORY
 #include "common/params.h"
 
