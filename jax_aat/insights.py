@@ -296,8 +296,8 @@ def _choices(profile: Profile) -> Iterator[Insight]:
             "portable",
             sum(call.seconds for call in others),
             f"{len(others)} calls, of {others[0].problem} and the like, run on portable kernels: "
-            "matrix kernels take a head_dim up to 256 (those of tangents 128) that is a multiple "
-            "of 8, and plans with a query_tile of 64 or more",
+            "matrix kernels take a head_dim up to 256 that is a multiple of 8 (those of tangents "
+            "bfloat16 and up to 128), and plans with a query_tile of 64 or more",
         )
 
 

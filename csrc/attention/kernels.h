@@ -82,7 +82,7 @@ bool HasMatrices(std::uint32_t dtype, const DeviceTraits& traits);
 constexpr std::uint32_t RelayBytes(std::uint32_t subgroups) { return subgroups * 16 * 20 * 4; }
 
 // Kernels on cooperative matrices: float16 and bfloat16, head_dim a multiple of 8 up to 256
-// (tangents 128).
+// (of tangents bfloat16, up to 128).
 KernelShapes CoopmatShapes(Kernel kernel, const AttentionProblem& problem,
                            const DeviceTraits& traits);
 
