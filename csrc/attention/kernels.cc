@@ -22,6 +22,20 @@ KernelChoice ShapesOf(Kernel kernel, const AttentionProblem& problem, const Devi
   return {};
 }
 
+std::vector<KeyPass> KeyPasses(const KernelShape& shape, bool wants_dk, bool wants_dv,
+                               bool has_dout) {
+  const double value_products = has_dout ? 2 : 0;
+  const KeyPass of_keys = {FEATURE_DK, 4 + value_products};
+  const KeyPass of_values = {FEATURE_DV, 2 + value_products};
+  if (wants_dk && wants_dv) {
+    if (shape.makes_one_gradient) return {of_keys, of_values};
+    return {{FEATURE_DK | FEATURE_DV, 4 + 2 * value_products}};
+  }
+  if (wants_dk) return {of_keys};
+  if (wants_dv) return {of_values};
+  return {};
+}
+
 std::uint64_t WindowSpan(const AttentionProblem& problem) {
   const AttentionParams& params = problem.params;
   const bool has_window = problem.features & FEATURE_WINDOW;

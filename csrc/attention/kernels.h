@@ -62,6 +62,17 @@ struct KernelChoice {
 
 KernelChoice ShapesOf(Kernel kernel, const AttentionProblem& problem, const DeviceTraits& traits);
 
+// A kernel over tiles of keys, or of coarse rows: FEATURE_DK, FEATURE_DV or both, by the gradients
+// that it makes, and its products a pair and column.
+struct KeyPass {
+  std::uint32_t gradients;
+  double products;
+};
+
+// Those that make dk and dv, or what of them is wanted.
+std::vector<KeyPass> KeyPasses(const KernelShape& shape, bool wants_dk, bool wants_dv,
+                               bool has_dout);
+
 // Query heads in a tile: the largest power of two that divides the heads of a group, at most 16.
 std::uint32_t TileHeads(const AttentionParams& params);
 

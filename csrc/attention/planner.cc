@@ -138,7 +138,8 @@ class Planner {
     if (wants_queries) CheckWalk(RowsWalked(Kernel::kBackwardDq, dq_shape));
     if (wants_keys || wants_coarse_rows) CheckWalk(RowsWalked(Kernel::kBackwardDkv, dkv_shape));
     const std::uint32_t key_features = (kScoreFeatures & ~FEATURE_LEVEL_BIAS) | FEATURE_DOUT;
-    const std::vector<KeyPass> key_passes = KeyPasses(dkv_shape, Has(FEATURE_DK), Has(FEATURE_DV));
+    const std::vector<KeyPass> key_passes =
+        KeyPasses(dkv_shape, Has(FEATURE_DK), Has(FEATURE_DV), Has(FEATURE_DOUT));
     if (stores_score_gradients) {
       AddKernelsOfStoredGradients(dq_shape, dkv_shape, key_features, key_passes);
     } else {
@@ -158,8 +159,8 @@ class Planner {
       TileGrid tiles = KeyTiles(dkv_shape, params_.coarse_rows);
       const std::uint64_t plain = PlainCoarseTiles(params_, dkv_shape.tile_rows);
       tiles.tiles = plain * parts.of_means + (tiles.tiles - plain) * parts.of_super_means;
-      for (const KeyPass& pass :
-           KeyPasses(dkv_shape, Has(FEATURE_DCOARSE_K), Has(FEATURE_DCOARSE_V))) {
+      for (const KeyPass& pass : KeyPasses(dkv_shape, Has(FEATURE_DCOARSE_K),
+                                           Has(FEATURE_DCOARSE_V), Has(FEATURE_DOUT))) {
         Dispatch& dispatch = AddKeyKernel(dkv_shape, kScoreFeatures | cotangents, tiles, pass);
         dispatch.specialization.push_back(parts.of_means);
         dispatch.specialization.push_back(parts.of_super_means);
@@ -199,27 +200,6 @@ class Planner {
     builder_.AddScratch(OPERAND_SCORE_GRADIENTS, head_bytes * stored_heads);
     dq_shape = stored.front();
     return true;
-  }
-
-  // A kernel over tiles of keys, or of coarse rows: FEATURE_DK, FEATURE_DV or both, by the
-  // gradients that it makes, and its products a pair and column.
-  struct KeyPass {
-    std::uint32_t gradients;
-    double products;
-  };
-
-  // Those that make dk and dv, or what of them is wanted.
-  std::vector<KeyPass> KeyPasses(const KernelShape& shape, bool wants_dk, bool wants_dv) const {
-    const double value_products = Has(FEATURE_DOUT) ? 2 : 0;
-    const KeyPass of_keys = {FEATURE_DK, 4 + value_products};
-    const KeyPass of_values = {FEATURE_DV, 2 + value_products};
-    if (wants_dk && wants_dv) {
-      if (shape.makes_one_gradient) return {of_keys, of_values};
-      return {{FEATURE_DK | FEATURE_DV, 4 + 2 * value_products}};
-    }
-    if (wants_dk) return {of_keys};
-    if (wants_dv) return {of_values};
-    return {};
   }
 
   // dk and dv of some heads, then dq of these beside dk and dv of the next ones.

@@ -91,6 +91,24 @@ bool IsBackward(const Dispatch& dispatch) {
   return dispatch.shader.starts_with("attend_backward_");
 }
 
+// Without which a kernel of dk and dv leaves a slot alone, as gradients of keys, or coarse rows,
+// and of their values may be made by a kernel each; 0: it never does.
+std::uint32_t FeatureOf(std::uint32_t slot) {
+  switch (slot) {
+    case OPERAND_DK:
+    case OPERAND_DCOARSE_K:
+    case OPERAND_DELTA:
+      return FEATURE_DK;
+    case OPERAND_DV:
+    case OPERAND_DCOARSE_V:
+      return FEATURE_DV;
+    case OPERAND_SCORE_GRADIENTS:
+      return FEATURE_SCORE_GRADIENTS;
+    default:
+      return 0;
+  }
+}
+
 std::uint64_t ScratchBytes(const DispatchPlan& plan, std::uint32_t slot) {
   for (const DispatchPlan::Scratch& part : plan.scratch) {
     if (part.operand == slot) return part.bytes;
@@ -113,17 +131,9 @@ double Traffic(const DispatchPlan& plan, const Dispatch& dispatch, const Operand
     if (is_merged && leaves_records) continue;
     const bool of_shares = slot == OPERAND_SHARES || slot == OPERAND_DSHARES;
     if (of_shares && IsBackward(dispatch) && !(features & FEATURE_DSHARES)) continue;
-    // Gradients of keys, or coarse rows, and of their values may be made by a kernel each.
-    const auto leaves_out = [&](std::uint32_t exact, std::uint32_t coarse, std::uint32_t feature) {
-      return (slot == exact || slot == coarse) && !(features & feature);
-    };
-    if (Family(dispatch.shader) == "attend_backward_dkv" &&
-        (leaves_out(OPERAND_DK, OPERAND_DCOARSE_K, FEATURE_DK) ||
-         leaves_out(OPERAND_DV, OPERAND_DCOARSE_V, FEATURE_DV) ||
-         leaves_out(OPERAND_DELTA, OPERAND_DELTA, FEATURE_DK) ||
-         leaves_out(OPERAND_SCORE_GRADIENTS, OPERAND_SCORE_GRADIENTS, FEATURE_SCORE_GRADIENTS))) {
-      continue;
-    }
+    const bool of_keys = Family(dispatch.shader) == "attend_backward_dkv";
+    const std::uint32_t needed = of_keys ? FeatureOf(slot) : 0;
+    if ((features & needed) != needed) continue;
     bytes += operands[slot] + ScratchBytes(plan, slot);
   }
   // Attention on matrices may correct its results itself.
