@@ -20,11 +20,12 @@ import pytest
 import router_emulation as router
 import tolerance
 from changes import bootstrap, changes_by_place, shares
+from comparison import relative_error
 from contenders import BASELINES, EXACT, Contender, Sizes
 from dense_engine import attend
 from evaluate import CONTENDERS, at_places
 from library import levels_of as levels_of_plan
-from model import LanguageModel, Shape, exact_attention, losses
+from model import LanguageModel, Shape, default_dtype, exact_attention, losses
 from ours import BOUND, OURS, by_budget, of_levels
 from storage import load_held_out, load_weights, windows_of
 
@@ -54,10 +55,6 @@ def run(contender: Contender, operands: Operands, fraction: float) -> tuple[jax.
 
     out, spent = attention(*operands)
     return out, float(spent)
-
-
-def relative_error(x: jax.Array, reference: jax.Array) -> float:
-    return float(jnp.linalg.norm(x - reference) / jnp.linalg.norm(reference))
 
 
 def test_engine_is_exact_attention_where_nothing_is_left_out(operands: Operands) -> None:
@@ -258,12 +255,13 @@ def test_training_evaluation_and_summary_run(tmp_path: Path) -> None:
     assert set(rows[1]["losses_by_place"]) == {"32"}
     assert "losses_by_place" not in rows[2]
     each = exact_losses(tmp_path, windows_of(load_held_out(tmp_path)[:-1], 512)[:2])
-    np.testing.assert_allclose(rows[0]["losses"], each.mean(1), atol=1e-5)
+    within = {"float32": 2e-6, "bfloat16": 1e-2}[jnp.dtype(default_dtype()).name]
+    assert relative_error(rows[0]["losses"], each.mean(1)) <= within
     for tile, places in rows[0]["losses_by_place"].items():
         place = np.arange(512) % int(tile)
         quarters = [each[:, place * 4 // int(tile) == i].mean(1) for i in range(4)]
         ends = [each[:, place == i].mean(1) for i in (0, int(tile) - 1)]
-        np.testing.assert_allclose(places, np.stack([ends[0], *quarters, ends[1]], 1), atol=1e-5)
+        assert relative_error(places, np.stack([ends[0], *quarters, ends[1]], 1)) <= within
     call("summary.py", str(found), "--name=quality", f"--output={tmp_path}")
     lines = (tmp_path / "quality.md").read_text()
     assert "| jax_aat" in lines
@@ -384,7 +382,7 @@ def test_a_width_without_a_lower_end_is_not_told_as_a_number(
 def exact_losses(folder: Path, windows: np.ndarray) -> np.ndarray:
     """Of every byte of windows [count, T + 1] under a saved model, [count, T]."""
     params, shape = load_weights(folder, 0)
-    run = jax.jit(partial(losses, shape, jnp.float32, exact_attention))
+    run = jax.jit(partial(losses, shape, default_dtype(), exact_attention))
     return np.asarray(run(params, windows)[0])
 
 
