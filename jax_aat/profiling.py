@@ -198,7 +198,7 @@ class Profile:
         try:
             from rich.table import Table
         except ImportError as error:
-            raise ImportError("Profile.table needs rich: pip install 'jax_aat[cli]'") from error
+            raise ImportError("Profile.table needs rich: pip install rich") from error
         table = Table(title=self._title())
         columns = ("kernel", "calls", "ms", "share", "µs a call", "TFLOP/s", "GB/s")
         for column in columns:

@@ -143,7 +143,7 @@ def test_without_the_extra_commands_name_it_and_info_works(monkeypatch, capsys) 
     capsys.readouterr()
     for command in ("selftest", "bench", "show", "tune"):
         assert main([command]) == 1
-        error = f"python -m jax_aat {command}: rich is not installed: pip install 'jax_aat[cli]'\n"
+        error = f"python -m jax_aat {command}: rich is not installed: pip install rich\n"
         assert capsys.readouterr().err == error
 
 

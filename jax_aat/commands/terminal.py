@@ -115,6 +115,5 @@ def _of_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UnusableError(
-            f"{module.partition('.')[0]} is not installed: pip install 'jax_aat[cli]'"
-        ) from error
+        package = module.partition(".")[0]
+        raise UnusableError(f"{package} is not installed: pip install {package}") from error

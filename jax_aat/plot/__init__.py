@@ -8,7 +8,7 @@ import importlib.util
 
 if importlib.util.find_spec("matplotlib") is None:
     raise ImportError(
-        "jax_aat.plot: matplotlib is not installed: pip install 'jax_aat[plot]'", name="matplotlib"
+        "jax_aat.plot: matplotlib is not installed: pip install matplotlib", name="matplotlib"
     )
 
 from jax_aat.plot.curves import quality
