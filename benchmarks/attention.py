@@ -16,14 +16,15 @@ Three times a row, in milliseconds: ``latency``, the median of single calls, eac
 is what a call of this package in such a row takes beside its kernels, both of the same calls: a
 device in use slows down, so time stamps of calls that were waited for do not tell it. Rates are
 taken from ``kernel``, else from ``pipelined``, and count the FLOPs that the contender spent;
-forward and backward count as 3.5 forward passes. Adaptive attention plans anew in every call.
+with gradients they count as 3.5 forward passes, with a tangent as 3. Adaptive attention plans anew
+in every call.
 
-``error`` is the largest of those of out, dq, dk, dv, each as ||x - right|| / ||right|| against
-float32; ``IFQ`` is 1 - sum ||out - right||^2 / sum ||right||^2. They are of rows that are drawn
-from the first batch entry (`sampling.py`). ``FLOPs`` are those of a forward pass over those of
-exact attention: 1 for dense ones, from its report for adaptive attention, from its blocks for
-FlexAttention. ``memory`` is the most device memory taken, operands and results included, by what
-``memory_from`` in the JSON says (`passes.py`). What is attended to is in `inputs.py`.
+``error`` is the largest of those of out, its tangent, dq, dk, dv, each as ||x - right|| /
+||right|| against float32; ``IFQ`` is 1 - sum ||out - right||^2 / sum ||right||^2. They are of rows
+that are drawn from the first batch entry (`sampling.py`). ``FLOPs`` are those of a forward pass
+over those of exact attention: 1 for dense ones, from its report for adaptive attention, from its
+blocks for FlexAttention. ``memory`` is the most device memory taken, operands and results included,
+by what ``memory_from`` in the JSON says (`passes.py`). What is attended to is in `inputs.py`.
 """
 
 from __future__ import annotations
@@ -49,10 +50,16 @@ from tables import line_of, write
 from torch_contenders import release_memory
 
 import jax_aat
-from jax_aat.commands.contenders import Case, Pass
+from jax_aat.commands.contenders import Case, Direction, Pass
 
 FOLDER = Path(__file__).parent
-PASSES = ("forward", "forward+backward")
+PASSES: dict[str, Direction] = {
+    "forward": "forward",
+    "forward+tangent": "tangent",
+    "forward+backward": "backward",
+}
+_FORWARD_PASSES: dict[Direction, float] = {"forward": 1.0, "tangent": 3.0, "backward": 3.5}
+"""So many products as of forward passes: 2, 6 and 7."""
 _WARM_UP = 2
 _LEAST_REPEATS = 3
 
@@ -69,7 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=16)
     add("--kv-heads", type=int, nargs="+", help="default: as many as heads")
     add("--causal", choices=["both", "yes", "no"], default="both")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add("--passes", nargs="+", choices=PASSES, default=["forward", "forward+backward"])
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--inputs", choices=inputs.KINDS, default="noise")
     add("--model", type=Path, help="folder of weights or captured file, for --inputs model")
@@ -151,7 +158,7 @@ def _in_a_row(made: Pass, repeats: int) -> float:
 def run_row(
     case: Case,
     make: Maker,
-    backward: bool,
+    direction: Direction,
     arrays: list[Array],
     expected: Expected,
     repeats: int,
@@ -160,7 +167,7 @@ def run_row(
     """Measures one contender on one case: fields of its row, ``failed`` among them if it did."""
     row: dict[str, Any] = {}
     try:
-        made = make(case, arrays if backward else arrays[:3], backward)
+        made = make(case, arrays, direction)
         # Nobody keeps these results: they would count as memory of the next call.
         for _ in range(_WARM_UP):
             made.wait(made.start())
@@ -173,7 +180,7 @@ def run_row(
         row |= made.facts()
     except Exception as error:  # a report, say, for which there is no room: the times stand
         return row | {"relative_flops": None, "tflops": None, "facts_failed": reason(error)}
-    operations = case.floating_point_operations() * (3.5 if backward else 1.0)
+    operations = case.floating_point_operations() * _FORWARD_PASSES[direction]
     milliseconds = row["kernel"] or row["pipelined"]
     row["tflops"] = operations * row["relative_flops"] / milliseconds * 1e-9
     return row
@@ -202,9 +209,9 @@ def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     except Exception as error:
         problem = f"no inputs: {reason(error)}"
     for name in args.passes:
-        backward = name == PASSES[1]
+        direction = PASSES[name]
         try:
-            expected = None if problem else expect(case, arrays, backward)
+            expected = None if problem else expect(case, arrays, direction)
         except Exception as error:
             problem = f"no reference: {reason(error)}"
         for contender, make in contenders.items():
@@ -212,7 +219,7 @@ def run_case(case: Case, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if problem or expected is None:
                 yield row | {"failed": problem}
                 continue
-            yield row | run_row(case, make, backward, arrays, expected, args.repeats, args.seconds)
+            yield row | run_row(case, make, direction, arrays, expected, args.repeats, args.seconds)
             gc.collect()  # what it held of the device is free for the next one
             release_memory()
 

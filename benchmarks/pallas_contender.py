@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 from passes import Array, SkippedError
 
-from jax_aat.commands.contenders import Case, Pass, WrongPathError, compile_pass, jax_pass
+from jax_aat.commands.contenders import (
+    Case,
+    Direction,
+    Pass,
+    WrongPathError,
+    compile_pass,
+    jax_pass,
+)
 
 _TILES = ((128, 2), (256, 2), (128, 4), (64, 4))
 """Keys of a tile and tiles in flight; queries come in two tiles of 64."""
@@ -26,27 +33,31 @@ _chosen: dict[tuple[Any, ...], tuple[int, int]] = {}
 """Tiles that were the fastest at the first length of this run, by what they depend on else."""
 
 
-def mosaic(case: Case, arrays: list[Array], backward: bool) -> Pass:
+def mosaic(case: Case, arrays: list[Array], direction: Direction) -> Pass:
     """Mosaic GPU attention with the fastest of a few tiles."""
     if jax.default_backend() != "gpu":
         raise SkippedError("Mosaic GPU needs a CUDA device")
-    if backward and case.causal:
+    if direction == "tangent":
+        raise SkippedError("Mosaic GPU attention has no forward mode")
+    if direction == "backward" and case.causal:
         raise SkippedError("Mosaic GPU attention has no causal backward pass")
     failures = []
     for dtype in dict.fromkeys((case.dtype, "float16")):
-        made = _fastest(dataclasses.replace(case, dtype=dtype), arrays, backward, failures)
+        made = _fastest(dataclasses.replace(case, dtype=dtype), arrays, direction, failures)
         if made is not None:
             return made
     raise RuntimeError(f"Mosaic GPU attention: {failures[0]}")
 
 
-def _fastest(case: Case, arrays: list[Array], backward: bool, failures: list[str]) -> Pass | None:
-    operands = [jnp.asarray(x, case.dtype) for x in arrays]
+def _fastest(
+    case: Case, arrays: list[Array], direction: Direction, failures: list[str]
+) -> Pass | None:
+    operands = [jnp.asarray(x, case.dtype) for x in case.operands(arrays, direction)]
     best: tuple[float, Pass] | None = None
-    kind = (case.head_dim, case.dtype, case.causal, backward)
+    kind = (case.head_dim, case.dtype, case.causal, direction)
     for keys, steps in [_chosen[kind]] if kind in _chosen else _TILES:
         try:
-            made = _with_tiles(case, operands, backward, keys, steps)
+            made = _with_tiles(case, operands, direction, keys, steps)
             made.wait(made.start())
             began = time.perf_counter()
             for _ in range(_CALLS):
@@ -66,7 +77,7 @@ def _fastest(case: Case, arrays: list[Array], backward: bool, failures: list[str
 
 
 def _with_tiles(
-    case: Case, operands: list[jax.Array], backward: bool, keys: int, steps: int
+    case: Case, operands: list[jax.Array], direction: Direction, keys: int, steps: int
 ) -> Pass:
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
@@ -82,7 +93,7 @@ def _with_tiles(
         scaled = query * jnp.asarray(1 / math.sqrt(case.head_dim), query.dtype)
         return attention_mgpu.attention(scaled, key, value, config)
 
-    start, text, memory = compile_pass(attention, operands, backward)
+    start, text, memory = compile_pass(attention, operands, direction)
     if "mosaic_gpu" not in text:
         raise WrongPathError("Pallas attention did not compile to Mosaic GPU")
     path = f"Pallas Mosaic GPU in {case.dtype}, tiles of {keys} keys, {steps} in flight"

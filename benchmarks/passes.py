@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import jax_aat
-from jax_aat.commands.contenders import Case, Pass
+from jax_aat.commands.contenders import Case, Direction, Pass
 
 Array = np.ndarray[Any, Any]
 Memory = tuple[int, str] | None
@@ -39,8 +39,8 @@ class Measured(Pass):
     memory: Callable[[], Memory] = lambda: None
 
 
-Maker = Callable[[Case, list[Array], bool], Measured]
-"""Makes a pass of a case from q, k, v and, if the bool says that it has a backward part, dout."""
+Maker = Callable[[Case, list[Array], Direction], Measured]
+"""Makes a pass of a case from q, k, v and dout, as far as the direction takes them."""
 
 
 def watch_memory() -> Callable[[int | None, Callable[[], object] | None], Memory]:

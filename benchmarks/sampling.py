@@ -2,8 +2,8 @@
 
 No matrix of all queries by all keys is ever held, so one method serves every length:
 
-- out and dq: of one query position drawn at random from each of 64 equal parts of the sequence, in
-  every head of the first batch entry.
+- out, its tangent and dq: of one query position drawn at random from each of 64 equal parts of the
+  sequence, in every head of the first batch entry.
 - dk and dv: whole, of the first key/value head of the first batch entry; each needs all queries, so
   they are left out, and the row says so, where queries times keys are too many.
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from passes import Array, Measured
 
-from jax_aat.commands.contenders import NAMES, Case
+from jax_aat.commands.contenders import NAMES, Case, Direction, with_tangent
 from jax_aat.reference import relative_error
 
 _ROWS = 64
@@ -38,12 +38,14 @@ class Expected:
 
     Attributes:
       rows: The query positions that were drawn, ascending.
-      parts: By name: out and dq [rows, N, H], dk and dv [S, H], as far as they are known.
+      parts: By name: out, tangent and dq [rows, N, H], dk and dv [S, H], as far as they are known.
+      direction: Of the pass that is judged by it.
       left_out: What is not known and why; empty: nothing.
     """
 
     rows: Array
     parts: dict[str, Array]
+    direction: Direction
     left_out: str = ""
 
 
@@ -56,47 +58,54 @@ def draw_rows(queries: int) -> Array:
     return np.random.default_rng(0).integers(bounds[:-1], bounds[1:])
 
 
-def expect(case: Case, arrays: list[Array], backward: bool, most: int | None = None) -> Expected:
+def expect(
+    case: Case, arrays: list[Array], direction: Direction, most: int | None = None
+) -> Expected:
     """Computes what is right for a case.
 
     Args:
       case: The problem.
       arrays: q, k, v and the cotangent of the output.
-      backward: Whether gradients are wanted.
+      direction: Of the pass: whether a tangent or gradients are wanted.
       most: Scores, queries times keys times query heads a key/value head, up to which dk and dv
         are computed; None: what takes seconds on this device.
     """
     rows = draw_rows(case.queries)
-    q, dout = (x[0, rows] for x in (arrays[0], arrays[3]))
-    operands = [_rounded(case, x) for x in (q, arrays[1][0], arrays[2][0], dout)]
-    out, dq = _by_row(*operands, jnp.asarray(rows), causal=case.causal)
-    parts = {"out": np.asarray(out)}
-    if not backward:
-        return Expected(rows, parts)
-    parts["dq"] = np.asarray(dq)
+    # Query, output and what goes along with them are rows; keys, values and theirs are whole.
+    operands = [
+        _rounded(case, x[0] if i % 3 else x[0, rows])
+        for i, x in enumerate(case.operands(arrays, direction))
+    ]
+    run = partial(_by_row, direction=direction, causal=case.causal)
+    found = run(operands, jnp.asarray(rows))
+    parts = {name: np.asarray(x) for name, x in zip(NAMES[direction], found, strict=False)}
+    if direction != "backward":
+        return Expected(rows, parts, direction)
     group = case.heads // case.kv_heads
     scores = case.queries * case.keys * group
     if most is None:
         most = _MOST_SCORES.get(jax.default_backend(), _MOST_SCORES_ELSEWHERE)
     if scores > most:
-        return Expected(rows, parts, f"dk and dv: {scores:.2g} scores of one head are too many")
+        return Expected(
+            rows, parts, direction, f"dk and dv: {scores:.2g} scores of one head are too many"
+        )
     first = [_rounded(case, x[0, :, :n]) for x, n in zip(arrays, (group, 1, 1, group), strict=True)]
     chunk = max(1, _CHUNK // (case.keys * group))
     dk, dv = _by_key(*first, chunk=min(chunk, case.queries), causal=case.causal)
-    return Expected(rows, parts | {"dk": np.asarray(dk), "dv": np.asarray(dv)})
+    return Expected(rows, parts | {"dk": np.asarray(dk), "dv": np.asarray(dv)}, direction)
 
 
 def judge(expected: Expected, made: Measured, results: Any) -> dict[str, Any]:
-    """What a pass gave, (out, dq, dk, dv) or out, against what is right: fields of its row.
+    """What a pass gave against what is right: fields of its row.
 
     ``errors``, ||x - right|| / ||right|| by name; ``ifq``, 1 - sum ||out - right||^2 / sum
     ||right||^2; ``not_checked`` where something is left out.
     """
     found = results if isinstance(results, tuple) else (results,)
     errors = {}
-    for name, x in zip(NAMES, found, strict=False):
+    for name, x in zip(NAMES[expected.direction], found, strict=True):
         if name in expected.parts:
-            part = x[0, expected.rows] if name in ("out", "dq") else x[0, :, 0]
+            part = x[0, :, 0] if name in ("dk", "dv") else x[0, expected.rows]
             errors[name] = relative_error(made.as_float32(part), expected.parts[name])
     judged: dict[str, Any] = {"errors": errors, "ifq": 1 - errors["out"] ** 2}
     return judged | ({"not_checked": expected.left_out} if expected.left_out else {})
@@ -117,23 +126,28 @@ def _attend(
     return jnp.einsum("rgs,sh->rgh", jax.nn.softmax(logits), v, precision="highest")
 
 
-@partial(jax.jit, static_argnames="causal")
+@partial(jax.jit, static_argnames=("direction", "causal"))
 def _by_row(
-    q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array, position: jax.Array, *, causal: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Out and dq of some rows [R, N, H], a key/value head at a time."""
-    kv_heads = k.shape[1]
+    operands: list[jax.Array], position: jax.Array, *, direction: Direction, causal: bool
+) -> tuple[jax.Array, ...]:
+    """Out and its tangent or dq of some rows [R, N, H], a key/value head at a time."""
+    shape, kv_heads = operands[0].shape, operands[1].shape[1]
 
     def by_head(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(len(x), kv_heads, -1, x.shape[-1]), 1, 0)
 
-    def one(head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        out, pull = jax.vjp(lambda q: _attend(q, head[1], head[2], position, causal), head[0])
-        return out, pull(head[3])[0]
+    def one(head: list[jax.Array]) -> tuple[jax.Array, ...]:
+        query, *others = head
+        key, value = (x[:, 0] for x in others[:2])
+        if direction == "tangent":
+            moved = others[2], *(x[:, 0] for x in others[3:])
+            attend = partial(_attend, position=position, causal=causal)
+            return with_tangent(attend)(query, key, value, *moved)
+        out, pull = jax.vjp(lambda q: _attend(q, key, value, position, causal), query)
+        return (out, *pull(others[2])) if direction == "backward" else (out,)
 
-    heads = (by_head(q), jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0), by_head(dout))
-    out, dq = (jnp.moveaxis(x, 0, 1).reshape(q.shape) for x in jax.lax.map(one, heads))
-    return out, dq
+    found = jax.lax.map(one, [by_head(x) for x in operands])
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(shape) for x in found)
 
 
 @partial(jax.jit, static_argnames=("chunk", "causal"))

@@ -17,7 +17,7 @@ from torch_contenders import flex, sdpa
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import Implementation, tiled_attention
-from jax_aat.commands.contenders import Case, Pass, jax_nn, ours
+from jax_aat.commands.contenders import Case, Direction, Pass, jax_nn, ours
 from jax_aat.problem import count_pairs
 
 _PLANNING = ("plan_", "cross_tile_router", "tile_processor")
@@ -56,12 +56,14 @@ class Budget:
         return self.amount / mean
 
 
-def by_jax(make: Callable[[Case, list[Array], bool], Pass], uses_vulkan: bool = False) -> Maker:
+def by_jax(
+    make: Callable[[Case, list[Array], Direction], Pass], uses_vulkan: bool = False
+) -> Maker:
     """A contender of JAX whose memory is watched."""
 
-    def made(case: Case, arrays: list[Array], backward: bool) -> Measured:
+    def made(case: Case, arrays: list[Array], direction: Direction) -> Measured:
         read = watch_memory()
-        found = make(case, arrays, backward)
+        found = make(case, arrays, direction)
         run = (lambda: found.wait(found.start())) if uses_vulkan else None
         memory = partial(read, found.memory_bytes, run)
         measured = Measured(**vars(found), memory=memory)
@@ -77,13 +79,13 @@ def adaptive(
     budget: Budget,
     case: Case,
     arrays: list[Array],
-    backward: bool,
+    direction: Direction,
     implementation: Implementation = "vulkan",
 ) -> Measured:
     """This package's adaptive attention; every call makes its own plan."""
     adaptation = Adaptation(budget=budget.fraction(case), **dict(budget.settings))
     make = partial(ours, implementation=implementation, adaptation=adaptation)
-    made = by_jax(make, implementation == "vulkan")(case, arrays, backward)
+    made = by_jax(make, implementation == "vulkan")(case, arrays, direction)
     kernel_facts = made.facts if implementation == "vulkan" else dict
 
     def facts() -> dict[str, Any]:
@@ -92,16 +94,16 @@ def adaptive(
     return dataclasses.replace(made, facts=facts)
 
 
-def xla(case: Case, arrays: list[Array], backward: bool) -> Pass:
+def xla(case: Case, arrays: list[Array], direction: Direction) -> Pass:
     """`jax.nn` by XLA, which holds the scores of all pairs: left out where they would not fit."""
     scores = case.batch * case.heads * case.queries * case.keys
-    # In float32, and their probabilities once more in the dtype; likewise their gradients.
-    needed = scores * (4 + jnp.dtype(case.dtype).itemsize) * (2 if backward else 1)
+    # In float32, and their probabilities once more in the dtype; so are gradients and tangents.
+    needed = scores * (4 + jnp.dtype(case.dtype).itemsize) * (1 if direction == "forward" else 2)
     room = device_room() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     if needed > room:
         gib = needed / 2**30, room / 2**30
         raise SkippedError("its scores need about {:.3g} GiB of {:.3g} GiB".format(*gib))
-    return jax_nn("xla", case, arrays, backward)
+    return jax_nn("xla", case, arrays, direction)
 
 
 DENSE: dict[str, Maker] = {
@@ -134,8 +136,10 @@ def chosen(
     return found
 
 
-def _flex(size: int, budget: Budget, case: Case, arrays: list[Array], backward: bool) -> Measured:
-    return flex(size, budget.fraction(case), case, arrays, backward)
+def _flex(
+    size: int, budget: Budget, case: Case, arrays: list[Array], direction: Direction
+) -> Measured:
+    return flex(size, budget.fraction(case), case, arrays, direction)
 
 
 def _report(
@@ -159,7 +163,7 @@ def _report(
 
 
 def _kernel_facts(made: Pass) -> dict[str, Any]:
-    """Milliseconds by kernel, one call: of the backward part only where there is one."""
+    """Milliseconds by kernel, one call; without the forward pass that is before another one."""
     vulkan.set_timing(True)
     try:
         made.wait(made.start())

@@ -16,13 +16,13 @@ from passes import Array, Measured, SkippedError
 import jax_aat
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import Implementation
-from jax_aat.commands.contenders import Case
+from jax_aat.commands.contenders import Case, Direction
 
 
 def torch_pass(
     case: Case,
     arrays: list[Array],
-    backward: bool,
+    direction: Direction,
     attend: Callable[[Any, Any, Any], Any],
     path: str,
     device: str = "cuda",
@@ -30,6 +30,9 @@ def torch_pass(
     """A pass of a function of q, k, v [B, N, T, H], tensors, that gives the output likewise."""
     import torch
 
+    if direction == "tangent":
+        raise SkippedError("PyTorch is not compared in forward mode")
+    backward = direction == "backward"
     on_gpu = device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SkippedError("PyTorch has no CUDA device")
@@ -79,7 +82,7 @@ def torch_pass(
     return Measured(start, wait, as_float32, lambda: path, device_milliseconds, memory=memory)
 
 
-def sdpa(backend: str, case: Case, arrays: list[Array], backward: bool) -> Measured:
+def sdpa(backend: str, case: Case, arrays: list[Array], direction: Direction) -> Measured:
     """`scaled_dot_product_attention`, restricted to one backend."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -92,7 +95,7 @@ def sdpa(backend: str, case: Case, arrays: list[Array], backward: bool) -> Measu
                 query, key, value, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads
             )
 
-    return torch_pass(case, arrays, backward, attend, f"torch {backend}")
+    return torch_pass(case, arrays, direction, attend, f"torch {backend}")
 
 
 def flex(
@@ -100,7 +103,7 @@ def flex(
     budget: float,
     case: Case,
     arrays: list[Array],
-    backward: bool,
+    direction: Direction,
     implementation: Implementation = "vulkan",
 ) -> Measured:
     """FlexAttention over the blocks that hold the exact granules of this package's plan.
@@ -132,7 +135,7 @@ def flex(
         f"{blocks.times_the_plan:.3g} times the pairs of the plan's exact granules, without coarse "
         "rows; plan and mask not timed"
     )
-    measured = torch_pass(case, arrays, backward, made, path, device)
+    measured = torch_pass(case, arrays, direction, made, path, device)
     facts = {
         "relative_flops": blocks.relative_flops,
         "pairs_over_plan": blocks.times_the_plan,

@@ -27,7 +27,7 @@ from speed_contenders import ADAPTIVE, DENSE, Budget, adaptive, chosen, xla
 from storage import load_weights, save_held_out, save_weights
 
 import jax_aat
-from jax_aat.commands.contenders import Case, with_gradients
+from jax_aat.commands.contenders import Case, with_gradients, with_tangent
 from jax_aat.levels import EXACT, GRANULE, HIDDEN, MEAN, Grid, pack_levels, unpack_levels
 from jax_aat.reference import dense_attention, relative_error
 
@@ -48,13 +48,33 @@ def made_of(results: tuple[np.ndarray, ...]) -> Measured:
 
 
 @CAUSAL
+def test_the_tangent_of_drawn_rows_is_that_of_the_whole(causal: bool) -> None:
+    case = case_of(150, causal)
+    arrays = case.arrays(seed=0)
+    operands = case.operands(arrays, "tangent")
+    assert [x.shape for x in operands] == [x.shape for x in [*arrays[:3], *arrays[:3]]]
+    dense = with_tangent(lambda *x: dense_attention(*x, is_causal=causal)[0])
+    right = [np.asarray(x) for x in jax.jit(dense)(*operands)]
+    expected = sampling.expect(case, arrays, "tangent")
+    assert expected.parts.keys() == {"out", "tangent"}
+    for name, x in zip(("out", "tangent"), right, strict=True):
+        assert relative_error(expected.parts[name], x[0, expected.rows]) < 2e-6
+    wrong = right[0], noisy(right[1])
+    judged = sampling.judge(expected, made_of(wrong), wrong)
+    exact = right[1][0, expected.rows]
+    off = relative_error(wrong[1][0, expected.rows], exact)
+    assert judged["errors"]["tangent"] == pytest.approx(off, rel=1e-3)
+    assert judged["errors"]["out"] < 2e-6
+
+
+@CAUSAL
 def test_errors_of_drawn_rows_are_those_against_the_whole(causal: bool, monkeypatch) -> None:
     monkeypatch.setattr(sampling, "_CHUNK", 2 * 150 * 7)  # so that the last chunk is ragged
     case = case_of(150, causal)
     arrays = case.arrays(seed=0)
     dense = with_gradients(lambda *x: dense_attention(*x, is_causal=causal)[0])
     right = [np.asarray(x) for x in jax.jit(dense)(*arrays)]
-    expected = sampling.expect(case, arrays, backward=True)
+    expected = sampling.expect(case, arrays, direction="backward")
     rows = expected.rows
     for name, x in zip(("out", "dq", "dk", "dv"), right, strict=True):
         part = x[0, rows] if name in ("out", "dq") else x[0, :, 0]
@@ -75,7 +95,7 @@ def test_rows_are_drawn_from_every_part_and_what_is_left_out_is_said() -> None:
     assert sampling.draw_rows(5).tolist() == list(range(5))
     case = case_of(32)
     arrays = case.arrays(seed=0)
-    expected = sampling.expect(case, arrays, backward=True, most=1000)
+    expected = sampling.expect(case, arrays, direction="backward", most=1000)
     assert expected.parts.keys() == {"out", "dq"}
     results = (arrays[0], *arrays[:3])
     judged = sampling.judge(expected, made_of(results), results)
@@ -216,7 +236,7 @@ def test_settings_are_contenders_of_their_own() -> None:
 def test_scores_that_do_not_fit_are_not_tried() -> None:
     case = case_of(2**20)
     with pytest.raises(SkippedError, match=r"its scores need about .* GiB of .* GiB"):
-        xla(case, [], False)
+        xla(case, [], "forward")
 
 
 def test_a_row_says_what_ran_and_a_failure_is_a_row(monkeypatch, tmp_path: Path) -> None:
@@ -252,6 +272,23 @@ def test_a_row_says_what_ran_and_a_failure_is_a_row(monkeypatch, tmp_path: Path)
     assert [x["keys"] for x in found["speedups"]] == [256]
     assert "failed: RuntimeError: out of memory" in (tmp_path / "found.md").read_text()
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_of_tangents_says_what_ran(tmp_path: Path) -> None:
+    flags = "--batch 1 --heads 2 --head-dims 16 --causal yes --dtype float32 --lengths 128"
+    flags += f" --output {tmp_path} --name found --repeats 3 --passes forward+tangent --contenders"
+    names = ["jax_aat exact", "jax.nn xla", "pallas mosaic"]
+    assert attention.main([*flags.split(), *names]) == 0
+    exact, dense, mosaic = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert "attend_tangent.f32" in exact["path"]
+    assert exact["kernel"] > 0
+    for row in (exact, dense):
+        assert row["pass"] == "forward+tangent"
+        assert row["errors"].keys() == {"out", "tangent"}
+        assert max(row["errors"].values()) < 1e-5
+    products = 6 * 2 * 2 * 16 * 128 * 129 / 2  # of 2 heads
+    assert exact["tflops"] == pytest.approx(products / exact["kernel"] * 1e-9)
+    assert mosaic["failed"].startswith("skipped: ")
 
 
 def test_what_a_report_costs_is_told_with_its_interval(tmp_path: Path) -> None:
@@ -297,7 +334,7 @@ def test_times_stand_where_the_rest_cannot_be_told() -> None:
         raise MemoryError("no room")
 
     made = dataclasses.replace(made_of(arrays[0]), facts=failing)
-    expected = sampling.expect(case, arrays, backward=False)
+    expected = sampling.expect(case, arrays, direction="forward")
     row = attention.run_row(case, lambda *_: made, False, arrays, expected, 3, 0.1)
     assert row["facts_failed"] == "MemoryError: no room"
     assert row["pipelined"] > 0

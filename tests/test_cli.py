@@ -181,19 +181,19 @@ def test_bench_takes_turns_and_goes_on_without_what_fails() -> None:
     started = []
 
     def contender(name, fails_at=None):
-        def make(case, arrays, backward):
+        def make(case, arrays, direction):
             def start():
                 started.append(name)
                 if len([x for x in started if x == name]) == fails_at:
                     raise RuntimeError("out of memory\nat the device")
-                return contenders.jax_nn("xla", case, arrays, backward).start()
+                return contenders.jax_nn("xla", case, arrays, direction).start()
 
             return Pass(start, lambda x: x, np.asarray, lambda: name, lambda: None)
 
         return make
 
     makers = {"a": contender("a"), "b": contender("b", 1), "c": contender("c", 4)}
-    rows = bench.measure(case, makers, backward=True, repeats=3)
+    rows = bench.measure(case, makers, "backward", repeats=3)
     assert started == [*"aabcc", *"ac", *"ac", *"a"]
     assert rows["a"]["errors"].keys() == {"out", "dq", "dk", "dv"}
     assert max(rows["a"]["errors"].values()) < 1e-6
@@ -221,7 +221,7 @@ def test_a_contender_that_takes_another_path_is_refused(monkeypatch) -> None:
     case = Case(1, 1, 1, 4, 4, 4, False, "float32")
     for implementation in ("vulkan", "xla"):
         with pytest.raises(WrongPathError, match=f"did not compile to {implementation}"):
-            contenders.ours(case, case.arrays(0), False, implementation)
+            contenders.ours(case, case.arrays(0), "forward", implementation)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 9), (9, 5), (7, 7)])

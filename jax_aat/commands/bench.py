@@ -21,7 +21,7 @@ from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.attention import Implementation, tiled_attention
 from jax_aat.commands import terminal
-from jax_aat.commands.contenders import Case, Pass, errors, jax_nn, ours, reference
+from jax_aat.commands.contenders import Case, Direction, Pass, errors, jax_nn, ours, reference
 from jax_aat.report import Report
 
 _WARM_UP = 2
@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> int:
         "budget": adaptation.budget,
     }
     try:
-        rows = measure(case, contenders, options.backward, options.repeats)
+        direction: Direction = "backward" if options.backward else "forward"
+        rows = measure(case, contenders, direction, options.repeats)
         console.print(_heading(figures), soft_wrap=True)
         console.print(_table(rows))
         by_vulkan = "failed" not in rows["jax_aat adaptive, vulkan"]
@@ -127,14 +128,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(
-    case: Case, contenders: Mapping[str, Callable[..., Pass]], backward: bool, repeats: int
+    case: Case, contenders: Mapping[str, Callable[..., Pass]], direction: Direction, repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Measures contenders in turn; one that fails does not hide the others.
 
     Args:
       case: The problem.
-      contenders: By name: functions of case, arrays and `backward`.
-      backward: Whether the backward pass is measured too.
+      contenders: By name: functions of case, arrays and `direction`.
+      direction: What is measured: the forward pass, or with the backward one.
       repeats: Timed calls of each.
 
     Returns:
@@ -148,7 +149,7 @@ def measure(
     device_times: dict[str, list[float | None]] = {name: [] for name in contenders}
 
     def prepare(name: str) -> None:
-        made = contenders[name](case, arrays, backward)
+        made = contenders[name](case, arrays, direction)
         for _ in range(_WARM_UP):
             results = made.wait(made.start())
         rows[name] |= {"path": made.path(), "errors": errors(case, made, results, expected)}

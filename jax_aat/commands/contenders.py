@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,15 @@ from jax_aat.attention import Implementation, tiled_attention
 from jax_aat.problem import count_pairs
 from jax_aat.reference import dense_attention, relative_error
 
-NAMES = ("out", "dq", "dk", "dv")
 Array = np.ndarray[Any, Any]
+Direction = Literal["forward", "tangent", "backward"]
+"""What a pass computes; the second and the third have a forward pass before their own."""
+NAMES: dict[Direction, tuple[str, ...]] = {
+    "forward": ("out",),
+    "tangent": ("out", "tangent"),
+    "backward": ("out", "dq", "dk", "dv"),
+}
+"""What a pass gives."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,19 @@ class Case:
         key = (self.batch, self.keys, self.kv_heads, self.head_dim)
         return [generator.standard_normal(x, np.float32) for x in (query, key, key, query)]
 
+    def operands(self, arrays: list[Array], direction: Direction) -> list[Array]:
+        """What a pass takes of query, key, value and cotangent; tangents are standard normal."""
+        if direction == "tangent":
+            return arrays[:3] + self.arrays(seed=1)[:3]
+        return arrays[: 4 if direction == "backward" else 3]
+
 
 @dataclass(frozen=True)
 class Pass:
     """A pass that is ready to be run.
 
     Attributes:
-      start: Starts one and returns what to wait for: out, or (out, dq, dk, dv).
+      start: Starts one and returns what to wait for: out, or several as `NAMES` has them.
       wait: Returns when that has been computed.
       as_float32: Turns a part of a result into a float32 array of NumPy.
       path: What computes it, read from what was compiled or has run.
@@ -84,6 +97,11 @@ def with_gradients(attention: Callable[..., jax.Array]) -> Callable[..., tuple[j
     return run
 
 
+def with_tangent(attention: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns the function of q, k, v and their tangents that gives (out, tangent of out)."""
+    return lambda *operands: jax.jvp(attention, operands[:3], operands[3:])
+
+
 def reference(case: Case, arrays: list[Array]) -> list[Array]:
     """Out, dq, dk, dv of the first key/value head of the first batch entry, computed in float32.
 
@@ -106,14 +124,14 @@ def errors(case: Case, made: Pass, results: Any, expected: list[Array]) -> dict[
     found = results if isinstance(results, tuple) else (results,)
     return {
         name: relative_error(made.as_float32(x[:1, :, : group if name in ("out", "dq") else 1]), e)
-        for name, x, e in zip(NAMES, found, expected, strict=False)
+        for name, x, e in zip(NAMES["backward"], found, expected, strict=False)
     }
 
 
 def ours(
     case: Case,
     arrays: list[Array],
-    backward: bool,
+    direction: Direction,
     implementation: Implementation = "vulkan",
     adaptation: Adaptation | None = None,
 ) -> Pass:
@@ -124,13 +142,12 @@ def ours(
         implementation=implementation,
         adaptation=adaptation,
     )
-    operands = [jnp.asarray(x, case.dtype) for x in arrays]
-    start, text, memory = compile_pass(attention, operands, backward)
+    operands = [jnp.asarray(x, case.dtype) for x in case.operands(arrays, direction)]
+    start, text, memory = compile_pass(attention, operands, direction)
     if ('custom_call_target="jax_aat_' in text) != (implementation == "vulkan"):
         raise WrongPathError(f"jax_aat did not compile to {implementation}")
     if implementation == "xla":
         return jax_pass(start, "jax_aat xla", memory)
-    direction = "backward" if backward else "forward"
 
     def path() -> str:
         last = vulkan.last_dispatch()
@@ -138,9 +155,10 @@ def ours(
             raise WrongPathError(f"expected a {direction} pass by Vulkan, the last one was {last}")
         return f"Vulkan {last.path}, {last.platform} platform: {' '.join(last.kernels)}"
 
-    # Only the last dispatch can be asked: that of the backward pass, then that of a forward pass.
-    timed = [(start, 2)] if backward else []
-    timed.append((compile_pass(attention, operands, False).start if backward else start, 1))
+    # Only the last dispatch can be asked: that of the direction, then that of a forward pass.
+    timed = [(start, 1)]
+    if direction != "forward":
+        timed = [(start, 2), (compile_pass(attention, operands[:3], "forward").start, 1)]
 
     def device_milliseconds() -> float | None:
         total = 0.0
@@ -162,13 +180,13 @@ def ours(
     return Pass(start, jax.block_until_ready, _float32, path, device_milliseconds, memory)
 
 
-def jax_nn(implementation: Any, case: Case, arrays: list[Array], backward: bool) -> Pass:
+def jax_nn(implementation: Any, case: Case, arrays: list[Array], direction: Direction) -> Pass:
     """`jax.nn.dot_product_attention` by ``cudnn`` or ``xla``."""
     attention = partial(
         jax.nn.dot_product_attention, is_causal=case.causal, implementation=implementation
     )
-    operands = [jnp.asarray(x, case.dtype) for x in arrays]
-    start, text, memory = compile_pass(attention, operands, backward)
+    operands = [jnp.asarray(x, case.dtype) for x in case.operands(arrays, direction)]
+    start, text, memory = compile_pass(attention, operands, direction)
     if ("__cudnn$fmha" in text) != (implementation == "cudnn"):
         raise WrongPathError(f"jax.nn.dot_product_attention did not compile to {implementation}")
     return jax_pass(start, f"jax.nn {implementation}", memory)
@@ -189,16 +207,17 @@ class CompiledPass(NamedTuple):
 
 
 def compile_pass(
-    attention: Callable[..., jax.Array], operands: list[jax.Array], backward: bool
+    attention: Callable[..., jax.Array], operands: list[jax.Array], direction: Direction
 ) -> CompiledPass:
-    """Compiles an attention of q, k, v for operands q, k, v and the cotangent of the output."""
-    function: Callable[..., Any] = with_gradients(attention) if backward else attention
-    given = operands if backward else operands[:3]
-    compiled = jax.jit(function).lower(*given).compile()
+    """Compiles an attention of q, k, v for the operands of a direction."""
+    function: Callable[..., Any] = attention
+    if direction != "forward":
+        function = (with_tangent if direction == "tangent" else with_gradients)(attention)
+    compiled = jax.jit(function).lower(*operands).compile()
     memory = compiled.memory_analysis()
     parts = ("argument", "output", "temp")
     total = memory and sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
-    return CompiledPass(partial(compiled, *given), compiled.as_text() or "", total)
+    return CompiledPass(partial(compiled, *operands), compiled.as_text() or "", total)
 
 
 def jax_pass(start: Callable[[], Any], path: str, memory_bytes: int | None) -> Pass:
