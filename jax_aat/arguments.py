@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDEST_WINDOW = 2**30
 """A side of a window that reaches further reaches as far."""
 _INT32 = np.iinfo(np.int32)
+_T = TypeVar("_T")
 _SOFT_CAPS = (1e-30, 1e30)
 """Between these a logit divided by the cap is a normal float32, if it is near 1 or the cap."""
 
@@ -121,7 +122,7 @@ def flag(name: str, given: Any) -> bool:
       TypeError: It is something else.
     """
     if not isinstance(given, bool | np.bool_):
-        raise TypeError(f"{name}: got {_describe(given)}, expected True or False")
+        raise TypeError(f"{name}: got {describe(given)}, expected True or False")
     return bool(given)
 
 
@@ -244,7 +245,7 @@ def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
     sides = tuple(window) if isinstance(window, tuple | list) else (window, window)
     if len(sides) != 2 or not all(is_integer(side) for side in sides):
         raise TypeError(
-            f"local_window_size: got {_describe(window)}, expected an int or a pair of ints"
+            f"local_window_size: got {describe(window)}, expected an int or a pair of ints"
         )
     if min(sides) < 0:
         raise ValueError(f"local_window_size: got {window}, expected no negative side")
@@ -253,7 +254,7 @@ def window(window: int | tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _scale(given: Any, dtype: Any) -> float:
-    scale = _number("scale", given, "multiply query by it instead")
+    scale = number("scale", given, "multiply query by it instead")
     largest = float(jnp.finfo(accumulation_dtype(dtype)).max)
     if abs(scale) > largest:
         raise ValueError(
@@ -264,7 +265,7 @@ def _scale(given: Any, dtype: Any) -> float:
 
 
 def _soft_cap(given: Any) -> float:
-    cap = _number("logits_soft_cap", given, "it has to be a Python number")
+    cap = number("logits_soft_cap", given, "it has to be a Python number")
     lowest, largest = _SOFT_CAPS
     if not lowest <= cap <= largest:
         raise ValueError(
@@ -274,7 +275,7 @@ def _soft_cap(given: Any) -> float:
     return cap
 
 
-def _number(name: str, given: Any, otherwise: str) -> float:
+def number(name: str, given: Any, otherwise: str) -> float:
     """A number, or an array of JAX or NumPy that holds one, as a float.
 
     Args:
@@ -292,7 +293,7 @@ def _number(name: str, given: Any, otherwise: str) -> float:
     if is_array and given.ndim == 0 and jnp.issubdtype(given.dtype, jnp.number):
         value = given.item()
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {_describe(given)}, expected a Python number")
+        raise TypeError(f"{name}: got {describe(given)}, expected a Python number")
     try:
         value = float(value)
     except OverflowError:
@@ -300,6 +301,17 @@ def _number(name: str, given: Any, otherwise: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, expected a finite number")
     return value
+
+
+def instance(name: str, given: Any, wanted: type[_T]) -> _T:
+    """An object of a class of this package.
+
+    Raises:
+      TypeError: It is something else.
+    """
+    if not isinstance(given, wanted):
+        raise TypeError(f"{name}: got {describe(given)}, expected a jax_aat.{wanted.__name__}")
+    return given
 
 
 def is_integer(x: Any) -> bool:
@@ -311,8 +323,11 @@ def _array(name: str, given: Any) -> jax.Array:
     try:
         return jnp.asarray(given)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: got {_describe(given)}, expected an array") from error
+        raise TypeError(f"{name}: got {describe(given)}, expected an array") from error
 
 
-def _describe(x: Any) -> str:
+def describe(x: Any) -> str:
+    """What came, in the words of an error; of an array its dtype and shape."""
+    if isinstance(x, np.ndarray | jax.Array) and x.ndim:
+        return f"an array {x.dtype.name}{list(x.shape)}"
     return f"{x!r} of type {type(x).__name__}"

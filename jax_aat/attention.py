@@ -5,15 +5,16 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_aat import adaptive, arguments, vulkan
 from jax_aat._compat import in_auto_mesh
 from jax_aat.adaptation import Adaptation, grid_of
-from jax_aat.broadcasting import may_broadcast
 from jax_aat.plan import TilePlan
 from jax_aat.primitives import BY_SIZE, forward
 from jax_aat.problem import Operands, Options, Slot
+from jax_aat.promotion import may_promote
 from jax_aat.state import ResolutionState
 
 Implementation = Literal["vulkan", "xla"]
@@ -83,7 +84,7 @@ def tiled_attention(
 ) -> Any: ...
 
 
-@may_broadcast
+@may_promote
 def tiled_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -208,7 +209,7 @@ def tiled_attention(
     return tuple(results) if len(results) > 1 else out
 
 
-@may_broadcast
+@may_promote
 def plan_tiles(
     query: ArrayLike,
     key: ArrayLike,
@@ -262,7 +263,7 @@ def plan_tiles(
             f"plan_tiles: got query {jnp.shape(query)} and key {jnp.shape(key)}, "
             "expected no axis of size 0"
         )
-    _adaptation(adaptation, None, state)
+    _adaptation(arguments.instance("adaptation", adaptation, Adaptation), None, state)
     _check_observation(checked.operands, checked.options, adaptation, state, False)
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
@@ -285,7 +286,10 @@ def _adaptation(
     """The adaptation of a call, which a plan brings along."""
     for name, value, wanted in (("adaptation", adaptation, Adaptation), ("plan", plan, TilePlan)):
         if value is not None and not isinstance(value, wanted):
-            raise TypeError(f"{name}: got {value!r}, expected a jax_aat.{wanted.__name__} or None")
+            raise TypeError(
+                f"{name}: got {arguments.describe(value)}, "
+                f"expected a jax_aat.{wanted.__name__} or None"
+            )
     if plan is not None:
         if adaptation not in (None, plan.adaptation):
             raise ValueError(f"plan: was made for {plan.adaptation}, the call has {adaptation}")
@@ -303,10 +307,12 @@ def _check_observation(
     return_report: bool | str,
 ) -> None:
     """Checks what concerns state and report."""
-    if return_report not in (False, True, "certified"):
-        raise ValueError(
-            f"return_report: got {return_report!r}, expected False, True or 'certified'"
-        )
+    if not isinstance(return_report, bool | np.bool_) and (
+        not isinstance(return_report, str) or return_report != "certified"
+    ):
+        kind = ValueError if isinstance(return_report, str) else TypeError
+        got = arguments.describe(return_report)
+        raise kind(f"return_report: got {got}, expected False, True or 'certified'")
     if adaptation is None:
         for name, given in (("state", state is not None), ("return_report", return_report)):
             if given:
@@ -316,15 +322,12 @@ def _check_observation(
         raise ValueError("return_report: got an axis of size 0, of which nothing can be reported")
     if state is not None:
         if not isinstance(state, ResolutionState):
-            raise TypeError(f"state: got {state!r}, expected a jax_aat.ResolutionState or None")
-        grid = grid_of(operands, adaptation)
-        shape = (operands[Slot.Q].shape[0], grid.lists, grid.tiles, grid.words)
-        if state.levels.shape != shape or state.audit.rows.shape != (grid.heads,):
-            raise ValueError(
-                f"state: was made for levels {state.levels.shape} of {state.audit.rows.shape[-1]} "
-                f"heads, the call has {shape} of {grid.heads}: make one by ResolutionState.init "
-                "for these shapes and this adaptation"
+            raise TypeError(
+                f"state: got {arguments.describe(state)}, expected a jax_aat.ResolutionState or "
+                "None"
             )
+        grid = grid_of(operands, adaptation)
+        state.check_call(grid, operands[Slot.Q].shape[0])
         if (state.plan is None) != (adaptation.replan_every == 1):
             raise ValueError(
                 f"state: was made for another replan_every than {adaptation.replan_every}: make "

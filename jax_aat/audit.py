@@ -71,7 +71,8 @@ class Audit:
     @classmethod
     def empty(cls, heads: int) -> "Audit":
         """No row was audited yet."""
-        return cls(*[jnp.zeros(heads, jnp.float32)] * 8)
+        # An array each: a buffer that two attributes share could not be donated.
+        return cls(*(jnp.zeros(heads, jnp.float32) for _ in dataclasses.fields(cls)))
 
     @property
     def relative_error(self) -> jax.Array:
@@ -111,7 +112,10 @@ class Audit:
 
 exportable(Audit)
 
-_STUDENT_BY_INVERSE = (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
+# In float32: by float64 tables calls with and without x64 would not be told apart (JAX 0.10).
+_STUDENT_BY_INVERSE = tuple(
+    x.astype(np.float32) for x in (1 / np.array(_DEGREES[::-1]), np.log(_STUDENT[::-1]))
+)
 
 
 # Compiled as a whole even outside jit, where reports are read.

@@ -18,6 +18,7 @@ import numpy as np
 from jax_aat import vulkan
 from jax_aat.adaptation import Adaptation
 from jax_aat.adaptive import plans_in_one_submission
+from jax_aat.arguments import describe, is_integer
 from jax_aat.attention import tiled_attention
 from jax_aat.hierarchy import judged_key_tiles
 from jax_aat.levels import GRANULE, KEY_TILE, Grid
@@ -345,6 +346,8 @@ def _sizes(
 ) -> Sizes:
     key_shape = query_shape if key_shape is None else key_shape
     for name, shape in (("query_shape", query_shape), ("key_shape", key_shape)):
+        if not isinstance(shape, Sequence) or not all(is_integer(size) for size in shape):
+            raise TypeError(f"{name}: got {describe(shape)}, expected a tuple of integers")
         if len(shape) != 4 or min(shape) < 1:
             raise ValueError(f"{name}: got {tuple(shape)}, expected four sizes of at least 1")
     (batch, queries, heads, head_dim), (_, keys, kv_heads, _) = query_shape, key_shape

@@ -273,12 +273,14 @@ class TilePlan:
           The plan itself.
 
         Raises:
-          ValueError: The grid is not that of the adaptation, causality or window are none, an array
-            has a wrong shape or dtype, a level is not in use, levels let a tile see what causality
-            and window hide or hide what nothing hides, a list does not say what the levels say, or
-            a log lambda is not a number (infinite it may be: where everything is exact, and where
-            a budget leaves no room).
+          ValueError: An array is traced or abstract, the grid is not that of the adaptation,
+            causality or window are none, an array has a wrong shape or dtype, a level is not in
+            use, levels let a tile see what causality and window hide or hide what nothing hides, a
+            list does not say what the levels say, or a log lambda is not a number (infinite it may
+            be: where everything is exact, and where a budget leaves no room).
         """
+        if not is_known(self):
+            raise ValueError("plan: its arrays have no values here, expected ones to check")
         self._check_fixed()
         self._check_types()
         batch = self.levels.ndim - 3

@@ -142,6 +142,8 @@ class Report:
         def mean(x: Any) -> Any:
             return np.asarray(x, np.float64).reshape(-1, heads).mean(0)
 
+        if not mean(self.dense_flops).any():
+            return f"Report({heads} heads; no query sees a key)"
         columns = {name: _percent(mean(self.levels[..., i])) for i, name in enumerate(LEVEL_NAMES)}
         columns["forced"] = _percent(mean(self.forced))
         if mean(self.forced_by_options).any():

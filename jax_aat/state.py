@@ -97,23 +97,33 @@ class ResolutionState:
           seed: Of the audits.
 
         Raises:
-          ValueError: A shape does not fit, or `threshold` is not a positive number.
+          TypeError: An argument is of another type.
+          ValueError: A shape does not fit, `threshold` is not a positive number, or `seed` is not
+            one of 32 bits.
         """
+        arguments.instance("adaptation", adaptation, Adaptation)
         q, k = tuple(query.shape), tuple(key.shape)
-        if len(q) not in (3, 4) or len(k) != len(q):
+        fits = len(q) in (3, 4) and len(k) == len(q) and (q[:-3], q[-1]) == (k[:-3], k[-1])
+        if not fits or not k[-2] or q[-2] % k[-2]:
             raise ValueError(
                 f"query and key: got shapes {q} and {k}, expected [B, T, N, H] and [B, S, K, H], "
-                "or both without B"
+                "or both without B, N a multiple of K"
             )
-        if not 0 < threshold < float("inf"):
+        threshold = arguments.number("threshold", threshold, "give one to start from")
+        if threshold <= 0:
             raise ValueError(f"threshold: got {threshold}, expected a positive number")
+        if not arguments.is_integer(seed):
+            raise TypeError(f"seed: got {arguments.describe(seed)}, expected an integer")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: got {seed}, expected one from 0 to 2**32 - 1")
+        is_causal = arguments.flag("is_causal", is_causal)
         batch = q[0] if len(q) == 4 else 1
         grid = adaptation.grid(q[-3], k[-3], q[-2], k[-2])
         state = cls.of_grid(grid, batch, threshold, seed)
         if adaptation.replan_every == 1:
             return state
         window = arguments.window(local_window_size)
-        plan = TilePlan.unfilled(grid, adaptation, bool(is_causal), window, batch, hides=True)
+        plan = TilePlan.unfilled(grid, adaptation, is_causal, window, batch, hides=True)
         return dataclasses.replace(state, plan=plan, plan_hides=jnp.bool_(True))
 
     @classmethod
@@ -131,6 +141,41 @@ class ResolutionState:
             step=jnp.int32(0),
             seed=jnp.uint32(seed),
         )
+
+    def check_call(self, grid: Grid, batch: int) -> None:
+        """Checks that a call with such a grid can take the state.
+
+        Raises:
+          TypeError: Something in it is no array.
+          ValueError: It is of another grid, or an array has another shape or dtype.
+        """
+        expected = jax.eval_shape(lambda: ResolutionState.of_grid(grid, batch))
+        given, wanted = self._arrays(), expected._arrays()
+        for name, x in given.items():
+            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+                raise TypeError(f"state.{name}: got {arguments.describe(x)}, expected an array")
+        shape, heads = self.levels.shape, self.audit.rows.shape
+        if shape != expected.levels.shape or heads != (grid.heads,):
+            raise ValueError(
+                f"state: was made for levels {shape} of {heads[-1] if heads else 1} heads, the "
+                f"call has {expected.levels.shape} of {grid.heads}: make one by "
+                "ResolutionState.init for these shapes and this adaptation"
+            )
+        for name, x in given.items():
+            right = wanted[name]
+            if x.shape != right.shape or x.dtype != right.dtype:
+                raise ValueError(
+                    f"state.{name}: got {x.dtype.name}{list(x.shape)}, expected "
+                    f"{right.dtype.name}{list(right.shape)}"
+                )
+
+    def _arrays(self) -> dict[str, Any]:
+        """Every array but those of a plan, by name."""
+        names = ("log_lambda", "rest", "levels", "step", "seed")
+        audit = (field.name for field in dataclasses.fields(self.audit))
+        return {name: getattr(self, name) for name in names} | {
+            f"audit.{name}": getattr(self.audit, name) for name in audit
+        }
 
     @property
     def log_price(self) -> jax.Array:

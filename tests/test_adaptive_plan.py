@@ -367,6 +367,10 @@ def test_arguments_are_checked():
     plan = plan_tiles(q, q, q, Adaptation(budget=0.5, query_tile=16))
     with pytest.raises(TypeError, match=r"adaptation: got 0\.5"):
         untraced_attention(q, q, q, adaptation=0.5)
+    with pytest.raises(TypeError, match=r"adaptation: got None .*expected a jax_aat\.Adapt"):
+        plan_tiles(q, q, q, None)
+    with pytest.raises(TypeError, match=r"adaptation: got an array float32\["):
+        jax_aat.plan_tiles(q, q, q, q)
     with pytest.raises(TypeError, match="plan: got"):
         untraced_attention(q, q, q, plan=3)
     with pytest.raises(ValueError, match="tolerance needs a state"):

@@ -13,6 +13,7 @@ import pytest
 from comparison import as_users_compile, assert_same_bits, normal
 
 import jax_aat
+from jax_aat.audit import Audit
 from jax_aat.levels import EXACT, HIDDEN, MEAN, unpack_levels
 
 B, T, N, K, H = 2, 128, 4, 2, 8
@@ -422,3 +423,30 @@ def test_of_a_state_that_is_none(rng):
         attend(q, k, v, adaptation=ADAPTATION, state=3)
     with pytest.raises(ValueError, match="threshold: got 0"):
         jax_aat.ResolutionState.init(q, k, ADAPTATION, threshold=0)
+
+
+@pytest.mark.parametrize("given", [1, None, np.array([1, 2]), jnp.bool_(True)], ids=repr)
+def test_what_asks_for_a_report_is_no_array(given, rng):
+    q, k, v = inputs(rng)
+    with pytest.raises(
+        TypeError, match=r"return_report: got .*expected False, True or 'certified'"
+    ):
+        jax_aat.tiled_attention(q, k, v, adaptation=ADAPTATION, return_report=given)
+
+
+def test_a_report_says_that_no_query_sees_a_key(rng):
+    q, k, v = inputs(rng)
+    none = jnp.zeros(B, jnp.int32)
+    report = jax_aat.tiled_attention(
+        q, k, v, key_value_seq_lengths=none, adaptation=ADAPTATION, return_report=True,
+        implementation="xla",
+    )[1]  # fmt: skip
+    assert str(report) == f"Report({N} heads; no query sees a key)"
+
+
+def test_intervals_do_not_depend_on_who_was_asked_before():
+    """With x64 and without: a table in float64 would be taken for one in float32."""
+    audit = jax.tree.map(lambda x: x + 1, Audit.empty(13))
+    with jax.enable_x64(True):
+        first = np.asarray(audit.interval)
+    np.testing.assert_array_equal(audit.interval, first)

@@ -222,3 +222,59 @@ def test_a_state_of_another_call_is_an_error(rng):
         call(adaptation=other)
     with pytest.raises(ValueError, match="state: was made for is_causal of False, the call has T"):
         call(adaptation=adaptation, is_causal=True)
+
+
+@pytest.mark.parametrize("replan_every", [1, 2])
+def test_a_state_may_be_donated_from_the_first_call_on(rng, replan_every):
+    q, k = normal(rng, 1, 32, 2, 8), normal(rng, 1, 32, 1, 8)
+    adaptation = Adaptation(threshold=1e-3, query_tile=16, replan_every=replan_every)
+    attention = functools.partial(tiled_attention, adaptation=adaptation, implementation="xla")
+    donating = jax.jit(lambda state: attention(q, k, k, state=state), donate_argnums=0)
+    first, state = donating(ResolutionState.init(q, k, adaptation))
+    assert_same_bits(first, attention(q, k, k, state=ResolutionState.init(q, k, adaptation))[0])
+    assert donating(state)[1].step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"adaptation": None}, TypeError, "adaptation: got None .*expected a jax_aat.Adaptation"),
+        ({"threshold": "x"}, TypeError, "threshold: got 'x' .*expected a Python number"),
+        ({"threshold": 0.0}, ValueError, "threshold: got 0.0, expected a positive number"),
+        ({"seed": 0.5}, TypeError, "seed: got 0.5 .*expected an integer"),
+        ({"seed": -1}, ValueError, "seed: got -1, expected one from 0 to"),
+        ({"seed": 2**32}, ValueError, "seed: got 4294967296, expected one from 0 to"),
+        ({"is_causal": "no"}, TypeError, "is_causal: got 'no' .*expected True or False"),
+        ({"key": jnp.zeros((32, 1, 8))}, ValueError, "query and key: got shapes"),
+        ({"key": jnp.zeros((2, 32, 1, 8))}, ValueError, "query and key: got shapes"),
+        ({"key": jnp.zeros((1, 32, 3, 8))}, ValueError, "N a multiple of K"),
+        ({"key": jnp.zeros((1, 32, 1, 16))}, ValueError, "query and key: got shapes"),
+    ],
+)
+def test_arguments_of_a_first_state_are_checked(change, error, message):
+    given = {"query": jnp.zeros((1, 32, 2, 8)), "key": jnp.zeros((1, 32, 1, 8))}
+    with pytest.raises(error, match=message):
+        ResolutionState.init(**(given | {"adaptation": Adaptation(budget=0.5)} | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("levels", None, TypeError, "state.levels: got None .*expected an array"),
+        ("levels", jnp.zeros((1, 1, 4, 1), jnp.int32), ValueError, "state.levels: got int32"),
+        ("step", jnp.float32(0), ValueError, r"state.step: got float32\[\], expected int32\[\]"),
+        ("log_lambda", jnp.zeros(7), ValueError, r"state.log_lambda: got float32\[7\], expected"),
+        ("audit.norm", jnp.zeros(3), ValueError, r"state.audit.norm: got float32\[3\], expected"),
+    ],
+)
+def test_arrays_of_a_state_are_checked(rng, name, value, error, message):
+    q, k = normal(rng, 1, 32, 2, 8), normal(rng, 1, 32, 1, 8)
+    adaptation = Adaptation(threshold=1e-3, query_tile=16)
+    state = ResolutionState.init(q, k, adaptation)
+    if name.startswith("audit."):
+        changed = dataclasses.replace(state.audit, **{name.removeprefix("audit."): value})
+        state = dataclasses.replace(state, audit=changed)
+    else:
+        state = dataclasses.replace(state, **{name: value})
+    with pytest.raises(error, match=message):
+        tiled_attention(q, k, k, adaptation=adaptation, state=state, implementation="xla")

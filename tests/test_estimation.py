@@ -197,6 +197,12 @@ def test_shapes_that_do_not_fit(arguments, message):
         estimate(*arguments, "float32")
 
 
+def test_arrays_are_no_shapes():
+    for given in (jnp.zeros((1, 64, 2, 8)), jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.float32)):
+        with pytest.raises(TypeError, match=r"query_shape: got .*expected a tuple of integers"):
+            estimate(given)
+
+
 def test_a_tolerance_cannot_be_estimated():
     with pytest.raises(ValueError, match="adaptation: got a tolerance"):
         estimate((1, 64, N, H), dtype="float32", adaptation=Adaptation(tolerance=0.1))

@@ -287,7 +287,10 @@ def test_a_plan_without_values_has_a_name(stored):
         assert repr(x)
 
     def traced(x):
-        assert "no values" in str(dataclasses.replace(stored, log_lambda=x))
+        plan = dataclasses.replace(stored, log_lambda=x)
+        assert "no values" in str(plan)
+        with pytest.raises(ValueError, match="plan: its arrays have no values here"):
+            plan.validate()
         return x
 
     jax.make_jaxpr(traced)(stored.log_lambda)

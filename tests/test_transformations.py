@@ -61,6 +61,7 @@ def loss(attention):
 STRICT = {
     "no jit": jax.disable_jit,
     "no broadcasting between ranks": functools.partial(jax.numpy_rank_promotion, "raise"),
+    "no promotion of dtypes": functools.partial(jax.numpy_dtype_promotion, "strict"),
 }
 
 

@@ -16,10 +16,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_aat._compat import result_aval, vary_like
-from jax_aat.broadcasting import may_broadcast
 from jax_aat.primitives.partition import partitioned
 from jax_aat.primitives.vulkan_call import vulkan_call
 from jax_aat.problem import EMPTY_LOGSUMEXP, Operands, Options, Slot, by_slot, extents
+from jax_aat.promotion import may_promote
 from jax_aat.tiled_xla import TILE
 from jax_aat.tiles import sum_to
 
@@ -134,7 +134,7 @@ def register_lowering(
                 return call(operands, types)
             return partitioned(call, operands, types)
 
-        return mlir.lower_fun(may_broadcast(run), multiple_results=True)
+        return mlir.lower_fun(may_promote(run), multiple_results=True)
 
     mlir.register_lowering(primitive, lower(None))
     for platform in ("cpu", "cuda"):
@@ -213,7 +213,7 @@ def register_linear(
         cotangents are wanted, **params) -> these, with all batch axes.
     """
 
-    @may_broadcast
+    @may_promote
     def jvp(
         primals: Sequence[Any], tangents: Sequence[Any], *, slots: Sequence[int], **params: Any
     ) -> tuple[list[Any], list[Any]]:
