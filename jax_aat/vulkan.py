@@ -18,7 +18,7 @@ try:
 except ImportError:
     _NO_NATIVE = (
         "the native module of jax_aat is missing or was built for another Python: install the "
-        "package (in a clone: pip install .) rather than import it from its sources"
+        "package (in a clone: pip install -e .) rather than import it from its sources"
     )
 else:
     _NO_NATIVE = ""
