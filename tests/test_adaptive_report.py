@@ -343,14 +343,17 @@ def test_a_plan_serves_several_calls(rng):
 def test_levels_settle(rng):
     """The same call again changes nothing; a slightly other lambda hardly anything."""
     adaptation = jax_aat.Adaptation(tolerance=0.05, query_tile=32)
-    q, k, v = inputs(rng)
-    first = jax_aat.ResolutionState.init(q, k, adaptation, threshold=3e-3)
     plan = jax.jit(functools.partial(jax_aat.plan_tiles, adaptation=adaptation, is_causal=True))
-    levels = plan(q, k, v, state=first).levels
-    moved = dataclasses.replace(first, log_lambda=first.log_lambda + 0.15)
-    settled = dataclasses.replace(moved, levels=levels)
-    plans = [plan(q, k, v, state=state).levels for state in (moved, settled)]
-    changed = [int((unpack_levels(x, 8) != unpack_levels(levels, 8)).sum()) for x in plans]
+    changed = np.zeros(2, int)
+    # One draw of inputs may have no price so near to lambda.
+    for _ in range(16):
+        q, k, v = inputs(rng)
+        first = jax_aat.ResolutionState.init(q, k, adaptation, threshold=3e-3)
+        levels = plan(q, k, v, state=first).levels
+        moved = dataclasses.replace(first, log_lambda=first.log_lambda + 0.15)
+        settled = dataclasses.replace(moved, levels=levels)
+        plans = [plan(q, k, v, state=state).levels for state in (moved, settled)]
+        changed += [(unpack_levels(x, 8) != unpack_levels(levels, 8)).sum() for x in plans]
     assert changed[0] > 0
     assert changed[1] == 0
 
