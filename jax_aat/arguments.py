@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDEST_WINDOW = 2**30
 """A side of a window that reaches further reaches as far."""
 _INT32 = np.iinfo(np.int32)
-_T = TypeVar("_T")
 _SOFT_CAPS = (1e-30, 1e30)
 """Between these a logit divided by the cap is a normal float32, if it is near 1 or the cap."""
 
@@ -303,15 +302,28 @@ def number(name: str, given: Any, otherwise: str) -> float:
     return value
 
 
-def instance(name: str, given: Any, wanted: type[_T]) -> _T:
-    """An object of a class of this package.
+def instance(name: str, given: Any, wanted: type, *, or_none: bool = False) -> None:
+    """Checks that an argument is of a class of this package.
 
     Raises:
       TypeError: It is something else.
     """
-    if not isinstance(given, wanted):
-        raise TypeError(f"{name}: got {describe(given)}, expected a jax_aat.{wanted.__name__}")
-    return given
+    if not isinstance(given, wanted) and not (or_none and given is None):
+        expected = f"a jax_aat.{wanted.__name__}" + (" or None" if or_none else "")
+        raise TypeError(f"{name}: got {describe(given)}, expected {expected}")
+
+
+def same_type(name: str, given: Any, expected: jax.ShapeDtypeStruct) -> None:
+    """Checks the shape and dtype of an array.
+
+    Raises:
+      ValueError: They are others.
+    """
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        raise ValueError(
+            f"{name}: got {given.dtype.name}{list(given.shape)}, "
+            f"expected {expected.dtype.name}{list(expected.shape)}"
+        )
 
 
 def is_integer(x: Any) -> bool:

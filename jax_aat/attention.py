@@ -263,7 +263,8 @@ def plan_tiles(
             f"plan_tiles: got query {jnp.shape(query)} and key {jnp.shape(key)}, "
             "expected no axis of size 0"
         )
-    _adaptation(arguments.instance("adaptation", adaptation, Adaptation), None, state)
+    arguments.instance("adaptation", adaptation, Adaptation)
+    _adaptation(adaptation, None, state)
     _check_observation(checked.operands, checked.options, adaptation, state, False)
     q = checked.operands[Slot.Q]
     chosen = vulkan.choose_implementation(implementation, q.dtype, q.shape[-1])
@@ -284,12 +285,8 @@ def _adaptation(
     adaptation: Adaptation | None, plan: TilePlan | None, state: Any
 ) -> Adaptation | None:
     """The adaptation of a call, which a plan brings along."""
-    for name, value, wanted in (("adaptation", adaptation, Adaptation), ("plan", plan, TilePlan)):
-        if value is not None and not isinstance(value, wanted):
-            raise TypeError(
-                f"{name}: got {arguments.describe(value)}, "
-                f"expected a jax_aat.{wanted.__name__} or None"
-            )
+    arguments.instance("adaptation", adaptation, Adaptation, or_none=True)
+    arguments.instance("plan", plan, TilePlan, or_none=True)
     if plan is not None:
         if adaptation not in (None, plan.adaptation):
             raise ValueError(f"plan: was made for {plan.adaptation}, the call has {adaptation}")
@@ -307,12 +304,14 @@ def _check_observation(
     return_report: bool | str,
 ) -> None:
     """Checks what concerns state and report."""
-    if not isinstance(return_report, bool | np.bool_) and (
-        not isinstance(return_report, str) or return_report != "certified"
+    is_word = isinstance(return_report, str)
+    if not (
+        return_report == "certified" if is_word else isinstance(return_report, bool | np.bool_)
     ):
-        kind = ValueError if isinstance(return_report, str) else TypeError
-        got = arguments.describe(return_report)
-        raise kind(f"return_report: got {got}, expected False, True or 'certified'")
+        raise (ValueError if is_word else TypeError)(
+            f"return_report: got {arguments.describe(return_report)}, "
+            "expected False, True or 'certified'"
+        )
     if adaptation is None:
         for name, given in (("state", state is not None), ("return_report", return_report)):
             if given:
@@ -321,11 +320,7 @@ def _check_observation(
     if return_report and any(x.size == 0 for x in operands.values()):
         raise ValueError("return_report: got an axis of size 0, of which nothing can be reported")
     if state is not None:
-        if not isinstance(state, ResolutionState):
-            raise TypeError(
-                f"state: got {arguments.describe(state)}, expected a jax_aat.ResolutionState or "
-                "None"
-            )
+        arguments.instance("state", state, ResolutionState, or_none=True)
         grid = grid_of(operands, adaptation)
         state.check_call(grid, operands[Slot.Q].shape[0])
         if (state.plan is None) != (adaptation.replan_every == 1):

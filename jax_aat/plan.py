@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_aat.adaptation import Adaptation, grid_of
-from jax_aat.arguments import WIDEST_WINDOW, is_integer
+from jax_aat.arguments import WIDEST_WINDOW, is_integer, same_type
 from jax_aat.boundary import Boundary, boundary
 from jax_aat.levels import (
     EXACT,
@@ -200,12 +200,8 @@ class TilePlan:
     def _check_types(self, name: str = "plan") -> None:
         batch = self.levels.shape[:-3]
         for field, core in _types(self.grid, self.causal, self.window).items():
-            x, shape = getattr(self, field), (*batch, *core.shape)
-            if x.shape != shape or x.dtype != core.dtype:
-                raise ValueError(
-                    f"{name}.{field}: got {x.dtype.name}{list(x.shape)}, "
-                    f"expected {core.dtype.name}{list(shape)}"
-                )
+            expected = jax.ShapeDtypeStruct((*batch, *core.shape), core.dtype)
+            same_type(f"{name}.{field}", getattr(self, field), expected)
 
     def _check_fixed(self) -> None:
         """Checks what is no array, before anything is computed of it."""

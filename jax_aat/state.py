@@ -162,12 +162,7 @@ class ResolutionState:
                 "ResolutionState.init for these shapes and this adaptation"
             )
         for name, x in given.items():
-            right = wanted[name]
-            if x.shape != right.shape or x.dtype != right.dtype:
-                raise ValueError(
-                    f"state.{name}: got {x.dtype.name}{list(x.shape)}, expected "
-                    f"{right.dtype.name}{list(right.shape)}"
-                )
+            arguments.same_type(f"state.{name}", x, wanted[name])
 
     def _arrays(self) -> dict[str, Any]:
         """Every array but those of a plan, by name."""
